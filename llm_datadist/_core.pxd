@@ -1,0 +1,124 @@
+# The layout of everything that processes share, in one place. Every field is a 64-bit word at an aligned offset.
+#
+#   directory segment   one writer (the owner), peers map it read-only
+#       DirectoryHeader, padded to a page
+#       buckets[num_buckets]              version << 32 | index of the first entry + 1
+#       entries[num_entries]              DirectoryEntry
+#   ledger segment      written by the owner and by every linked peer
+#       LedgerHeader, padded to a page    hints: which ordinary keys were pulled
+#       hint leaves                       one bit an entry
+#       records[num_entries]              LedgerRecord
+#       overflow                          pulled-tensor words of caches with more tensors than a record has room for
+#   claim page          one a link, written by the owner and by that one peer
+#
+# Readers never trust a word: indices and ranges are checked against the sizes of the mappings before they are followed.
+
+from libc.stdint cimport uint64_t
+
+cdef extern from "atomics.h" nogil:
+    uint64_t load_relaxed(const uint64_t *word)
+    uint64_t load_acquire(const uint64_t *word)
+    void store_relaxed(uint64_t *word, uint64_t value)
+    void store_release(uint64_t *word, uint64_t value)
+    uint64_t exchange(uint64_t *word, uint64_t value)
+    uint64_t fetch_add(uint64_t *word, uint64_t value)
+    uint64_t fetch_sub(uint64_t *word, uint64_t value)
+    uint64_t fetch_or(uint64_t *word, uint64_t bits)
+    uint64_t fetch_and(uint64_t *word, uint64_t bits)
+    bint compare_exchange(uint64_t *word, uint64_t expected, uint64_t desired)
+    void fence_acquire()
+    void fence_full()
+    unsigned lowest_bit(uint64_t word)
+    void relax()
+    uint64_t monotonic_ns()
+
+cdef enum:
+    HEADER_BYTES = 4096
+    LAYOUT_VERSION = 1
+    MAX_ENTRIES = 1 << 18     # 64 * 64 * 64: the hints have three levels
+    HAZARDS = 32              # pulls that may run on one link at the same time
+    RECORD_WORDS = 7          # pulled-tensor words inside a LedgerRecord
+    TENSORS_PER_WORD = 48     # the upper 16 bits of such a word tell the generation
+    OVERFLOW_BYTES = 1 << 24
+
+cdef enum Kind:
+    ORDINARY_KEY = 1          # key_id = req_id
+    PREFIX_KEY = 2            # key_id = prefix_id
+    BLOCKS_KEY = 3            # key_id = 0
+    CACHE_ID = 4              # key_id = cache id, model_id = 0
+
+cdef struct DirectoryHeader:
+    uint64_t magic
+    uint64_t version
+    uint64_t num_buckets
+    uint64_t num_entries
+    uint64_t pool_bytes
+    uint64_t ledger_bytes
+
+cdef struct DirectoryEntry:   # 128 bytes, two cache lines
+    uint64_t generation       # 0: not published. Written last when an entry appears, first when it goes
+    uint64_t kind
+    uint64_t key_id
+    uint64_t model_id
+    uint64_t next             # index of the next entry of the bucket + 1
+    uint64_t cache_id
+    uint64_t base             # offset of the first tensor in the pool
+    uint64_t step             # bytes from one tensor to the next
+    uint64_t tensor_nbytes
+    uint64_t stride           # bytes of one slot
+    uint64_t tensors
+    uint64_t slots
+    uint64_t slot             # slot that an ordinary or prefix key names
+    uint64_t sibling          # index of the next key entry of the same cache + 1; starts at the CACHE_ID entry
+    uint64_t pulled_at        # offset of the pulled-tensor words in the ledger
+    uint64_t reserved
+
+cdef struct LedgerHeader:
+    uint64_t top              # bit i: summary[i] is not zero
+    uint64_t summary[64]      # bit j of word i: hint leaf 64 * i + j is not zero
+
+cdef struct LedgerRecord:     # 64 bytes, one cache line
+    uint64_t fate             # generation << 1 | pulled completely
+    uint64_t pulled[RECORD_WORDS]
+
+cdef struct ClaimPage:
+    uint64_t magic
+    uint64_t revoked          # the owner took the link down; bytes copied after that prove nothing
+    uint64_t in_use           # bit i: hazard i belongs to a running pull
+    uint64_t padding[5]
+    uint64_t hazard[HAZARDS]  # id of the cache that the pull reads; ids are never used again
+
+
+cdef inline uint64_t directory_magic() noexcept nogil:
+    return 0x4C4C4D4444495231ULL  # "LLMDDIR1"
+
+cdef inline uint64_t claim_magic() noexcept nogil:
+    return 0x4C4C4D44434C4D31ULL  # "LLMDCLM1"
+
+cdef inline uint64_t directory_bytes(uint64_t num_buckets, uint64_t num_entries) noexcept nogil:
+    return HEADER_BYTES + num_buckets * sizeof(uint64_t) + num_entries * sizeof(DirectoryEntry)
+
+cdef inline uint64_t leaves_offset() noexcept nogil:
+    return HEADER_BYTES
+
+cdef inline uint64_t records_offset() noexcept nogil:
+    return HEADER_BYTES + MAX_ENTRIES // 8
+
+cdef inline uint64_t overflow_offset(uint64_t num_entries) noexcept nogil:
+    return records_offset() + num_entries * sizeof(LedgerRecord)
+
+cdef inline uint64_t ledger_bytes(uint64_t num_entries) noexcept nogil:
+    return overflow_offset(num_entries) + OVERFLOW_BYTES
+
+cdef inline uint64_t pulled_words(uint64_t tensors) noexcept nogil:
+    return (tensors + TENSORS_PER_WORD - 1) // TENSORS_PER_WORD
+
+cdef inline uint64_t generation_tag(uint64_t generation) noexcept nogil:
+    return (generation & 0xFFFF) << TENSORS_PER_WORD
+
+cdef inline uint64_t bucket_of(uint64_t kind, uint64_t key_id, uint64_t model_id, uint64_t num_buckets) noexcept nogil:
+    # The finalizer of splitmix64 (Steele, Lea, Flood 2014); num_buckets is a power of two.
+    cdef uint64_t x = key_id + kind * 0x9E3779B97F4A7C15ULL + model_id * 0xC2B2AE3D27D4EB4FULL
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL
+    return (x ^ (x >> 31)) & (num_buckets - 1)

@@ -1,0 +1,103 @@
+from enum import IntEnum
+
+from llm_datadist._segment import Segment
+
+class Outcome(IntEnum):
+    DONE = 0
+    KEY_UNKNOWN = 1
+    SLOT_UNKNOWN = 2
+    SOURCE_RANGE = 3
+    SOURCE_TENSORS = 4
+    TENSOR_COUNT = 5
+    BLOCK_SIZE = 6
+    SOURCE_BLOCK = 7
+    CACHE_RELEASED = 8
+    TIMED_OUT = 9
+    PEER_DEAD = 10
+    REVOKED = 11
+    LINK_CLOSED = 12
+    BAD_DIRECTORY = 13
+    NO_MEMORY = 14
+
+class TransferFault(Exception):
+    outcome: Outcome
+    remote_tensors: int
+    remote_slots: int
+    remote_stride: int
+    def __init__(
+        self, outcome: Outcome, remote_tensors: int = 0, remote_slots: int = 0, remote_stride: int = 0
+    ) -> None: ...
+
+class LocalCache:
+    def __init__(
+        self, cache_id: int, address: int, step: int, tensor_nbytes: int, stride: int, tensors: int, slots: int
+    ) -> None: ...
+    @property
+    def cache_id(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def tensor_nbytes(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def tensors(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def pinned(self) -> bool: ...
+    def release(self) -> None: ...
+
+class BlockPairs:
+    @property
+    def count(self) -> int: ...
+    @property
+    def max_source(self) -> int: ...
+    @property
+    def max_target(self) -> int: ...
+    @property
+    def is_empty(self) -> bool: ...
+
+def block_pairs(sources: list[int], targets: list[int]) -> BlockPairs: ...
+
+class PeerMemory:
+    def __init__(self, pool: Segment, directory: Segment, ledger: Segment, claims: Segment) -> None: ...
+    def mark_dead(self) -> None: ...
+    @property
+    def dead(self) -> bool: ...
+    @property
+    def busy(self) -> bool: ...
+    def begin_close(self) -> bool: ...
+    def reopen(self) -> None: ...
+    def close(self, deadline_ns: int) -> bool: ...
+    def pull_cache(
+        self,
+        target: LocalCache,
+        kind: int,
+        key_id: int,
+        model_id: int,
+        remote_slot: int,
+        local_slot: int,
+        nbytes: int,
+        source_first: int,
+        source_count: int,
+        target_first: int,
+        target_count: int,
+        source_offset: int,
+        target_offset: int,
+        consume: bool,
+        deadline_ns: int,
+    ) -> None: ...
+    def pull_blocks(
+        self,
+        target: LocalCache,
+        model_id: int,
+        pairs: BlockPairs,
+        source_first: int,
+        source_count: int,
+        target_first: int,
+        target_count: int,
+        deadline_ns: int,
+    ) -> None: ...

@@ -1,0 +1,193 @@
+"""Shared memory without a name: a memfd of fixed size, mapped shared.
+
+A segment vanishes with the last process that holds it, so a crash leaves nothing behind. Its size is sealed: a peer
+cannot shrink it under a reader, so touching a mapped page never raises SIGBUS. A segment that peers may only read is
+sealed against further writable mappings after the owner has made its own.
+"""
+
+import os
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
+from libc.errno cimport EINVAL, errno
+from libc.stdint cimport uint64_t
+
+import fcntl
+
+cdef extern from "sys/mman.h" nogil:
+    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void *addr, size_t length)
+    int madvise(void *addr, size_t length, int advice)
+    int PROT_READ, PROT_WRITE, MAP_SHARED
+    void *MAP_FAILED
+
+# linux/fcntl.h and asm-generic/mman-common.h; spelt out because Python 3.9 and older C libraries lack some of the names.
+cdef int F_ADD_SEALS = 1033
+cdef int F_GET_SEALS = 1034
+cdef int F_SEAL_SEAL = 0x0001
+cdef int F_SEAL_SHRINK = 0x0002
+cdef int F_SEAL_GROW = 0x0004
+cdef int F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
+cdef int MADV_POPULATE_WRITE = 23      # Linux 5.14
+
+cdef uint64_t PAGE = <uint64_t>os.sysconf("SC_PAGESIZE")
+
+
+cdef class Segment:
+    """One shared mapping; made with `create` by its owner and with `attach` by a peer.
+
+    The object supports the buffer protocol (bytes, writable where `writable`). `close` unmaps it once the last buffer
+    is released; it may be called twice.
+    """
+
+    def __cinit__(self):
+        self.base = 0
+        self.size = 0
+        self._fd = -1
+        self._exports = 0
+        self._closed = False
+
+    @staticmethod
+    def create(str name, uint64_t size, *, bint peers_may_write):
+        """Make a zeroed segment and map it readable and writable.
+
+        Parameters
+        ----------
+        name : str
+            Label shown in ``/proc/<pid>/maps``; it is no address, other processes cannot open it.
+        size : int
+            Bytes, > 0; rounded up to whole pages.
+        peers_may_write : bool
+            False seals the segment so that no later mapping, in any process, can be writable.
+
+        Raises
+        ------
+        OSError
+            The kernel refuses the memfd or the mapping.
+        """
+        if size == 0:
+            raise ValueError("size of a segment is 0 bytes, should be > 0")
+        cdef Segment self = Segment.__new__(Segment)
+        self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, (size + PAGE - 1) // PAGE * PAGE)
+            _map(self, True)
+            seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL
+            if not peers_may_write:
+                seals |= F_SEAL_FUTURE_WRITE
+            fcntl.fcntl(self._fd, F_ADD_SEALS, seals)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @staticmethod
+    def attach(int fd, *, bint writable):
+        """Map a segment that a peer sent; takes over `fd`, also when it fails.
+
+        Raises
+        ------
+        ValueError
+            The descriptor is no memfd whose size is sealed.
+        OSError
+            The kernel refuses the mapping, for instance a writable one of a segment that is sealed read-only.
+        """
+        cdef Segment self = Segment.__new__(Segment)
+        self._fd = fd
+        try:
+            _require_sealed_size(fd)
+            _map(self, writable)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte in this process, 0 when closed."""
+        return self.base
+
+    def fileno(self) -> int:
+        """Descriptor of the memfd, for sending it to a peer; the segment keeps owning it."""
+        if self._closed:
+            raise ValueError("segment is closed")
+        return self._fd
+
+    def populate(self, uint64_t offset, uint64_t nbytes):
+        """Give `nbytes` bytes from `offset` real pages now, so that the first copy does not pay for them.
+
+        A hint: on kernels before 5.14 it does nothing.
+        """
+        if self.base == 0 or not self.writable or offset > self.size or nbytes > self.size - offset:
+            raise ValueError(f"range {offset}+{nbytes} is not inside the writable segment of {self.size} bytes")
+        cdef uint64_t first = offset // PAGE * PAGE
+        cdef uint64_t length = offset + nbytes - first
+        cdef int rc
+        if nbytes == 0:
+            return
+        with nogil:
+            rc = madvise(<void *>(self.base + first), length, MADV_POPULATE_WRITE)
+        if rc != 0 and errno != EINVAL:
+            raise OSError(errno, f"{os.strerror(errno)}: cannot populate {nbytes} bytes of shared memory")
+
+    def close(self):
+        """Close the descriptor now and unmap as soon as no buffer refers to the memory."""
+        self._closed = True
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+        if self._exports == 0:
+            self._unmap()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    cdef int _unmap(self) except -1:
+        if self.base != 0:
+            munmap(<void *>self.base, self.size)
+            self.base = 0
+        return 0
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if self._closed or self.base == 0:
+            raise BufferError("segment is closed")
+        if flags & PyBUF_WRITABLE and not self.writable:
+            raise BufferError("segment is mapped read-only")
+        PyBuffer_FillInfo(buffer, self, <void *>self.base, <Py_ssize_t>self.size, not self.writable, flags)
+        self._exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self._exports -= 1
+        if self._exports == 0 and self._closed:
+            self._unmap()
+
+    def __dealloc__(self):
+        # No buffer can be alive here: each holds a reference to the segment.
+        if self.base != 0:
+            munmap(<void *>self.base, self.size)
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+cdef int _map(Segment segment, bint writable) except -1:
+    cdef uint64_t size = <uint64_t>os.fstat(segment._fd).st_size
+    cdef int protection = PROT_READ | PROT_WRITE if writable else PROT_READ
+    cdef void *base = mmap(NULL, size, protection, MAP_SHARED, segment._fd, 0)
+    if base == MAP_FAILED:
+        raise OSError(errno, f"{os.strerror(errno)}: cannot map {size} bytes of shared memory")
+    segment.base = <uint64_t>base
+    segment.size = size
+    segment.writable = writable
+    return 0
+
+
+cdef int _require_sealed_size(int fd) except -1:
+    try:
+        seals = fcntl.fcntl(fd, F_GET_SEALS)
+    except OSError as error:
+        raise ValueError(f"descriptor {fd} is no memfd: {error.strerror}") from None
+    if seals & (F_SEAL_SHRINK | F_SEAL_GROW) != F_SEAL_SHRINK | F_SEAL_GROW:
+        raise ValueError(f"size of the memfd is not sealed (seals {seals:#x})")
+    if os.fstat(fd).st_size == 0:
+        raise ValueError("memfd is empty")
+    return 0

@@ -1,0 +1,32 @@
+"""The table of native modules; everything else about the package stands in pyproject.toml."""
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+MODULES = ["_segment", "_pool", "_copy", "_directory", "_core", "_dlpack"]
+
+extensions = [
+    Extension(
+        f"llm_datadist.{name}",
+        [f"llm_datadist/{name}.pyx"],
+        include_dirs=["llm_datadist/include"],
+        depends=["llm_datadist/include/atomics.h"],
+        extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    )
+    for name in MODULES
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        build_dir="build/cython",
+        compiler_directives={
+            "language_level": "3",
+            "embedsignature": True,
+            # Indices into native arrays are checked where values enter the native code, once, not at every use.
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+        },
+    ),
+)

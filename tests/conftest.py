@@ -1,0 +1,68 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+
+import pytest
+
+from llm_datadist.cluster.local import LocalGroup
+from tests.leaks import resources
+from tests.processes import Member
+
+LATE_CLOSE_S = 5.0  # for threads and peers that are on their way out when the test ends
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a process, thread, descriptor or shared memory behind."""
+    resource_tracker.ensure_running()  # multiprocessing's own child; it stays until the end of the run
+    before = resources()
+    yield
+    if request.node.stash.get(FAILED, False):
+        return  # its traceback keeps objects alive, and what matters is why it failed
+    deadline = time.monotonic() + LATE_CLOSE_S
+    while left := resources() - before:
+        if time.monotonic() > deadline:
+            pytest.fail("left behind: " + ", ".join(sorted(left)))
+        gc.collect()
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def free_port() -> Iterator[Callable[[], int]]:
+    """Give ports of 127.0.0.1 on which nobody listens.
+
+    Each port stays bound, without listening, until the test ends: the kernel gives it to nobody else, while a server
+    that sets SO_REUSEADDR, as ZeroMQ does, can listen on it.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take() -> int:
+            holder = held.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+            return holder.getsockname()[1]
+
+        yield take
+
+
+@pytest.fixture
+def members() -> Iterator[Callable[[str], Member]]:
+    """Start processes by name; they end with the test."""
+    with LocalGroup() as group:
+        yield lambda name: Member(group, name)
