@@ -29,4 +29,5 @@ setup(
             "cdivision": True,
         },
     ),
+    options={"build_ext": {"parallel": True}},
 )

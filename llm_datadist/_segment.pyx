@@ -20,7 +20,7 @@ cdef extern from "sys/mman.h" nogil:
     int PROT_READ, PROT_WRITE, MAP_SHARED
     void *MAP_FAILED
 
-# linux/fcntl.h and asm-generic/mman-common.h; spelt out because Python 3.9 and older C libraries lack some of the names.
+# linux/fcntl.h and asm-generic/mman-common.h; spelt out because older Pythons and C libraries lack some of the names.
 cdef int F_ADD_SEALS = 1033
 cdef int F_GET_SEALS = 1034
 cdef int F_SEAL_SEAL = 0x0001

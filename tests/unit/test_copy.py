@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import List, Tuple
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ def in_a_second() -> int:
     return time.monotonic_ns() + 10**9
 
 
-Runs = List[Tuple[int, int, int]]
+Runs = list[tuple[int, int, int]]
 
 
 @st.composite

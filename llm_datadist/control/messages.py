@@ -1,0 +1,160 @@
+"""Every message that two processes exchange over ZeroMQ, and nothing else about them.
+
+A message is one msgpack map: ``v`` is the protocol version, ``t`` the name of the message, the other entries are its
+fields. Fields that a reader does not know are ignored, so that a newer peer may say more; a field that is missing, of
+another type or too long makes the message unreadable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Union
+
+import msgpack
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 64 * 1024
+MAX_TEXT = 4096
+MAX_ITEMS = 64
+
+
+class MessageError(ValueError):
+    """Bytes that are no message of this protocol version; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """Client to server: let us link."""
+
+    cluster_id: int  # of the client
+    remote_cluster_id: int  # that the client expects at this address
+    role: int  # LLMRole of the client
+    instance: bytes  # random, made at init: tells a process that came back from the one that died
+    host: str  # see transports.rendezvous.host_identity
+    transports: list[str]  # offered, best first
+    timeout_ms: int  # how long the client waits; the server forgets the request then
+
+
+@dataclasses.dataclass(frozen=True)
+class Accept:
+    """Server to client: how to go on."""
+
+    cluster_id: int  # of the server
+    instance: bytes
+    token: bytes  # names this link from now on
+    transport: str  # chosen from the offers
+    rendezvous: str  # shared_memory: abstract name of the server's Unix socket
+
+
+@dataclasses.dataclass(frozen=True)
+class Refuse:
+    """Server to client: no."""
+
+    code: int  # LLMStatusCode
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlink:
+    """Client to server: take the link down on your side."""
+
+    cluster_id: int
+    token: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlinked:
+    """Server to client: the link is gone (or was gone already) here, unless the code says otherwise."""
+
+    code: int  # LLMStatusCode: LLM_SUCCESS or LLM_LINK_BUSY
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Client to server: are you there, and do you know this link."""
+
+    cluster_id: int
+    token: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeAnswer:
+    """Server to client."""
+
+    linked: bool
+
+
+Message = Union[Hello, Accept, Refuse, Unlink, Unlinked, Probe, ProbeAnswer]
+
+_TYPES: dict[str, type[Any]] = {
+    "hello": Hello,
+    "accept": Accept,
+    "refuse": Refuse,
+    "unlink": Unlink,
+    "unlinked": Unlinked,
+    "probe": Probe,
+    "probe_answer": ProbeAnswer,
+}
+_NAMES = {cls: name for name, cls in _TYPES.items()}
+
+# Annotations are strings here (PEP 563); each one names the check of its value.
+_CHECKS = {
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "str": lambda value: type(value) is str,
+    "bytes": lambda value: type(value) is bytes,
+    "list[str]": lambda value: type(value) is list and all(type(item) is str for item in value),
+}
+
+
+def encode(message: Message) -> bytes:
+    """Turn a message into bytes."""
+    fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    packed: bytes = msgpack.packb({"v": PROTOCOL_VERSION, "t": _NAMES[type(message)], **fields})
+    return packed
+
+
+def decode(data: bytes) -> Message:
+    """Read a message from bytes that anyone may have sent.
+
+    Raises
+    ------
+    MessageError
+        Too long, no msgpack map, another protocol version, an unknown name, or a bad field.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"message of {len(data)} bytes, at most {MAX_MESSAGE_BYTES} are read")
+    try:
+        fields = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=MAX_TEXT,
+            max_bin_len=MAX_TEXT,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException) as error:
+        raise MessageError(f"not readable: {error}") from error
+    if type(fields) is not dict:
+        raise MessageError(f"expected a map, got {type(fields).__name__}")
+    version = fields.get("v")
+    if type(version) is not int or version != PROTOCOL_VERSION:
+        raise MessageError(f"protocol version {version!r}, this process speaks {PROTOCOL_VERSION}")
+    name = fields.get("t")
+    cls = _TYPES.get(name) if type(name) is str else None
+    if cls is None:
+        raise MessageError(f"unknown message {name!r}")
+    return _build(cls, fields)
+
+
+def _build(cls: type[Any], fields: dict[str, Any]) -> Message:
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = fields.get(field.name)
+        if not _CHECKS[str(field.type)](value):
+            raise MessageError(f"{cls.__name__}.{field.name} is {value!r}, should be {field.type}")
+        values[field.name] = value
+    message: Message = cls(**values)
+    return message

@@ -1,0 +1,295 @@
+"""One process in disaggregated serving: its life, its links and its caches."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, ClassVar, Union
+
+from llm_datadist.arguments import check_int32, check_isinstance, check_uint32, check_uint64
+from llm_datadist.cluster_info import LLMClusterInfo
+from llm_datadist.kv_cache_manager import KvCacheManager
+from llm_datadist.roles import LLMRole
+from llm_datadist.status import InvalidArgument, LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from llm_datadist.engine.engine import Engine
+    from llm_datadist.engine.link import ClusterAddress
+    from llm_datadist.engine.options import EngineOptions
+
+_log = logging.getLogger("llm_datadist")
+
+# Held while an instance is initialised or finalised; a signal handler may finalise inside of either.
+_life_cycle = threading.RLock()
+
+Clusters = Union[list[LLMClusterInfo], tuple[LLMClusterInfo, ...]]
+LinkResult = tuple[LLMStatusCode, list[LLMStatusCode]]
+
+
+class LLMDataDist:
+    """A process that takes part in the transfer of caches. One instance of a process may be initialised at a time.
+
+    Parameters
+    ----------
+    role : LLMRole
+        What the process does.
+    cluster_id : int
+        Its name for others, uint64; clusters that link to the same one need different ids.
+
+    Attributes
+    ----------
+    llm_engine_instance : LLMDataDist or None
+        The initialised instance of the process.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong type.
+    ValueError
+        `cluster_id` is out of range.
+    """
+
+    llm_engine_instance: ClassVar[LLMDataDist | None] = None
+
+    def __init__(self, role: LLMRole, cluster_id: int) -> None:
+        check_isinstance("role", role, LLMRole, allow_none=False)
+        self._role = role
+        self._cluster_id = check_uint64("cluster_id", cluster_id)
+        self._engine: Engine | None = None
+        self._manager: KvCacheManager | None = None
+        self._pid = 0
+
+    @property
+    def cluster_id(self) -> int:
+        """The id that the instance was made with."""
+        return self._cluster_id
+
+    # ---- life
+
+    def init(self, options: dict[str, str]) -> None:
+        """Start the engine; a PROMPT listens from now on. Does nothing if this instance is initialised.
+
+        Parameters
+        ----------
+        options : dict of str to str
+            As `LLMConfig.generate_options` makes them, or made by hand; unknown keys are ignored. On success
+            ``llm.Role`` and ``llm.ClusterInfo`` are written into it. On failure nothing is left open, and ``init`` may
+            be called again.
+
+        Raises
+        ------
+        TypeError
+            `options` is no dict, or a value is no str.
+        ValueError
+            A number in an option cannot be read.
+        RuntimeError
+            An IP address in an option cannot be parsed.
+        LLMException
+            LLM_FAILED: another instance is initialised, or the address cannot be listened on. LLM_PARAM_INVALID: an
+            option is missing or cannot be used. LLM_DEVICE_OUT_OF_MEMORY: the pool cannot be reserved.
+            LLM_FEATURE_NOT_ENABLED: an option asks for something that is not available.
+        """
+        with _life_cycle:
+            if self._is_live():
+                return
+            live = LLMDataDist.llm_engine_instance
+            if live is not None and live._is_live():
+                raise LLMException(
+                    f"Cannot init multiple instances in one process: cluster {live.cluster_id} is initialised, finalize"
+                    " it first",
+                    status_code=LLMStatusCode.LLM_FAILED,
+                )
+            from llm_datadist.init_options import read_init_options
+
+            engine_options, entries = read_init_options(self._role, self._cluster_id, options)
+            self._engine = _open_engine(engine_options)
+            self._manager = KvCacheManager(self._engine, self._role)
+            self._pid = os.getpid()
+            LLMDataDist.llm_engine_instance = self
+            options.update(entries)
+
+    def finalize(self) -> None:
+        """Drop all links, caches and keys and stop listening; does nothing if the instance is not initialised.
+
+        No other call of the instance may be running. Afterwards ``init`` may be called again.
+        """
+        with _life_cycle:
+            if not self._is_live():
+                return
+            engine, manager = self._engine, self._manager
+            assert engine is not None
+            assert manager is not None
+            self._engine = self._manager = None
+            LLMDataDist.llm_engine_instance = None
+            manager._close()
+            engine.close()
+
+    # ---- links
+
+    def link_clusters(self, clusters: Clusters, timeout: int = 3000) -> LinkResult:
+        """Link to remote PROMPT clusters, each independent of the others. Role DECODER.
+
+        Parameters
+        ----------
+        clusters : list or tuple of LLMClusterInfo
+            1 to 16 clusters, each with a local and a remote address for every device.
+        timeout : int
+            Milliseconds for the whole call, int32, > 0.
+
+        Returns
+        -------
+        overall : LLMStatusCode
+            LLM_SUCCESS, or LLM_LINK_FAILED if a cluster is not linked. LLM_PARAM_INVALID: wrong role, no clusters or
+            wrong addresses, too many links; LLM_CLUSTER_NUM_EXCEED_LIMIT: too many clusters; LLM_PROCESSING_LINK:
+            another link or unlink call is running.
+        results : list of LLMStatusCode
+            For each cluster, in order: LLM_SUCCESS, LLM_ALREADY_LINK, LLM_REPEAT_REQUEST, LLM_LINK_FAILED or
+            LLM_WAIT_PROCESS_TIMEOUT. Empty if nothing was tried.
+
+        Raises
+        ------
+        RuntimeError
+            The instance is not initialised.
+        TypeError
+            An argument of the wrong type, or a cluster without id.
+        ValueError
+            `timeout` is no int32, or an address in integer form no uint32.
+        LLMException
+            LLM_PARAM_INVALID: `timeout` is not positive.
+        """
+        engine = self._require_engine()
+        _check_link_arguments(clusters, timeout)
+        return engine.link(_addresses(clusters), timeout)
+
+    def unlink_clusters(self, clusters: Clusters, timeout: int = 3000, force: bool = False) -> LinkResult:
+        """Take links down: on a DECODER both sides, on a PROMPT its own side.
+
+        Parameters
+        ----------
+        clusters : list or tuple of LLMClusterInfo
+            1 to 16 clusters, with the addresses that they were linked with.
+        timeout : int
+            Milliseconds for the whole call, int32, > 0.
+        force : bool
+            Clean the local side only, without asking the peer; both sides must do it.
+
+        Returns
+        -------
+        overall : LLMStatusCode
+            LLM_SUCCESS, or LLM_UNLINK_FAILED if a result is neither LLM_SUCCESS nor LLM_NOT_YET_LINK. Else as in
+            `link_clusters`.
+        results : list of LLMStatusCode
+            For each cluster, in order: LLM_SUCCESS, LLM_NOT_YET_LINK, LLM_REPEAT_REQUEST, LLM_LINK_BUSY,
+            LLM_PARAM_INVALID (linked at other addresses), LLM_WAIT_PROCESS_TIMEOUT or LLM_NOTIFY_PROMPT_UNLINK_FAILED
+            (both with the local side closed), LLM_UNLINK_FAILED. Empty if nothing was tried.
+
+        Raises
+        ------
+        RuntimeError
+            The instance is not initialised.
+        TypeError
+            An argument of the wrong type, or a cluster without id.
+        ValueError
+            `timeout` is no int32, or an address in integer form no uint32.
+        LLMException
+            LLM_PARAM_INVALID: `timeout` is not positive.
+        """
+        engine = self._require_engine()
+        _check_link_arguments(clusters, timeout)
+        check_isinstance("force", force, bool)
+        return engine.unlink(_addresses(clusters), timeout, bool(force))
+
+    def check_link_status(self, remote_cluster_id: int) -> None:
+        """Ask the peer of a link for an answer; returns if the link is whole. Role DECODER.
+
+        Parameters
+        ----------
+        remote_cluster_id : int
+            Remote cluster, uint64.
+
+        Raises
+        ------
+        RuntimeError
+            The instance is not initialised.
+        TypeError, ValueError
+            The id is no int, or out of range.
+        LLMException
+            LLM_PARAM_INVALID: wrong role. LLM_NOT_YET_LINK: no link. LLM_LINK_BUSY: the link is in use.
+            LLM_WAIT_PROCESS_TIMEOUT: no answer within sync_kv_timeout, or the peer is gone: unlink and link again.
+        """
+        engine = self._require_engine()
+        check_uint64("remote_cluster_id", remote_cluster_id)
+        engine.check_link(remote_cluster_id)
+
+    # ---- caches
+
+    @property
+    def kv_cache_manager(self) -> KvCacheManager:
+        """The caches of the instance; the same object until `finalize`.
+
+        Raises
+        ------
+        RuntimeError
+            The instance is not initialised.
+        """
+        self._require_engine()
+        assert self._manager is not None
+        return self._manager
+
+    # ---- inside
+
+    def _is_live(self) -> bool:
+        """Whether the instance is initialised; in a forked child that of the parent is not."""
+        return self._engine is not None and self._pid == os.getpid()
+
+    def _require_engine(self) -> Engine:
+        engine = self._engine
+        if engine is None or self._pid != os.getpid():
+            raise RuntimeError("llm datadist is not initialized")
+        return engine
+
+
+def _open_engine(options: EngineOptions) -> Engine:
+    from llm_datadist.engine.engine import Engine
+
+    return Engine(options)
+
+
+def _check_link_arguments(clusters: Clusters, timeout: int) -> None:
+    check_int32("timeout", timeout)
+    if timeout <= 0:
+        raise InvalidArgument(f"timeout {timeout} should be greater than 0")
+    check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
+
+
+def _addresses(clusters: Clusters) -> list[ClusterAddress]:
+    from llm_datadist.engine.link import ClusterAddress
+
+    return [
+        ClusterAddress(
+            check_uint64("remote_cluster_id", cluster.remote_cluster_id),
+            _checked(cluster.local_ip_info_list),
+            _checked(cluster.remote_ip_info_list),
+        )
+        for cluster in clusters
+    ]
+
+
+def _checked(addresses: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((check_uint32("ip", ip), port) for ip, port in addresses)
+
+
+def _shutdown_handler() -> None:
+    """Finalise the initialised instance, if any, when the process ends."""
+    instance = LLMDataDist.llm_engine_instance
+    if instance is None or not instance._is_live():
+        return
+    try:
+        instance.finalize()
+    except LLMException as error:
+        _log.warning("finalize at exit: %s", error)
+
+
+atexit.register(_shutdown_handler)

@@ -1,0 +1,69 @@
+"""Host memory as a device: a shared-memory pool that linked processes of the same host map."""
+
+from __future__ import annotations
+
+import time
+
+from llm_datadist._segment import Segment
+from llm_datadist.status import LLMException, LLMStatusCode
+
+# Pages are taken in pieces, so that a very large cache cannot hold its caller up; the rest is paid at first touch.
+_PREPARE_PIECE = 64 << 20
+_PREPARE_SECONDS = 0.25
+
+
+class HostPool:
+    """A pool in shared memory; peers may read it and nothing more.
+
+    Parameters
+    ----------
+    capacity : int
+        Bytes, > 0. Pages are taken from the system when caches are allocated on them, and kept.
+
+    Raises
+    ------
+    LLMException
+        LLM_DEVICE_OUT_OF_MEMORY: the host has less memory available than `capacity`.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        available = _available_bytes()
+        if capacity > available:
+            raise LLMException(
+                f"cannot reserve a pool of {capacity} bytes: {available} bytes of host memory are available,"
+                " set ge.flowGraphMemMaxSize to less",
+                status_code=LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY,
+            )
+        try:
+            self.segment = Segment.create("llm_datadist:pool", capacity, peers_may_write=False)
+        except OSError as error:
+            raise LLMException(
+                f"cannot reserve a pool of {capacity} bytes: {error}",
+                status_code=LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY,
+            ) from error
+        self.address = self.segment.address
+        self.capacity = capacity
+        self._prepared = 0
+
+    def prepare(self, offset: int, nbytes: int) -> None:
+        end = offset + nbytes
+        give_up = time.monotonic() + _PREPARE_SECONDS
+        while self._prepared < end and time.monotonic() < give_up:
+            piece = min(_PREPARE_PIECE, end - self._prepared)
+            self.segment.populate(self._prepared, piece)
+            self._prepared += piece
+
+    def memory(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.segment)[offset : offset + nbytes]
+
+    def close(self) -> None:
+        self.segment.close()
+
+
+def _available_bytes() -> int:
+    """Memory that the system can give without swapping, in bytes (MemAvailable of proc(5))."""
+    with open("/proc/meminfo", encoding="ascii") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable line")

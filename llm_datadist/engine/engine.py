@@ -1,0 +1,318 @@
+"""The engine: everything that one initialised instance owns, behind calls that take plain, checked values."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+
+from llm_datadist._core import TransferFault, block_pairs
+from llm_datadist.control.loop import ControlLoop
+from llm_datadist.devices.host import HostPool
+from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
+from llm_datadist.engine.failures import failure, invalid, transfer_failure
+from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, local_tensors, slot_bytes
+from llm_datadist.engine.keys import KeyKind, KeyName
+from llm_datadist.engine.link import ClusterAddress
+from llm_datadist.engine.link_client import Identity
+from llm_datadist.engine.links import LinkDescription, LinkResult, LinkTable
+from llm_datadist.engine.options import EngineOptions
+from llm_datadist.roles import LLMRole
+from llm_datadist.status import LLMException, LLMStatusCode
+from llm_datadist.transports.rendezvous import host_identity
+from llm_datadist.transports.shared_memory import SharedMemoryGrant
+
+DEFAULT_POOL_BYTES = 1 << 30  # when ge.flowGraphMemMaxSize is not given; pages are taken only as caches need them
+
+_ALL = -1  # a count of remote tensors: the puller takes as many as there are
+
+
+class Engine:
+    """One device's caches and this process's links.
+
+    Parameters
+    ----------
+    options : EngineOptions
+        Checked options.
+
+    Raises
+    ------
+    LLMException
+        LLM_DEVICE_OUT_OF_MEMORY: the pool cannot be reserved. LLM_FAILED: the listen address cannot be bound.
+        LLM_FEATURE_NOT_ENABLED: several devices. Nothing is left open.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        if len(options.device_ids) != 1:
+            raise failure(
+                "init",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                f"one process drives one device, device_id lists {len(options.device_ids)}",
+            )
+        self.role = options.role
+        self.is_open = True
+        self._pid = os.getpid()
+        self._timeout_ms = options.sync_kv_timeout_ms
+        self._timeout_s = options.sync_kv_timeout_ms / 1000
+        self._timeout_ns = options.sync_kv_timeout_ms * 1_000_000
+        pool = HostPool(DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes)
+        try:
+            self._caches = CacheTable(pool)
+        except BaseException:
+            pool.close()
+            raise
+        self._loop = ControlLoop()
+        identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
+        self._links = LinkTable(self._loop, identity, self._grant, self._caches.forget_peer)
+        try:
+            for host, port in options.listen:
+                self._links.listen(host, port)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End links, listening, caches and keys; may be called twice. Running calls end in an error."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        if os.getpid() != self._pid:
+            return  # a forked child: threads and sockets are the parent's
+        self._loop.stop()
+        self._links.close()
+        self._caches.close()
+
+    # ---- caches
+
+    def allocate(
+        self,
+        num_tensors: int,
+        tensor_nbytes: int,
+        slots: int,
+        keys: Sequence[KeyName | None] = (),
+        blocks_model: int | None = None,
+    ) -> tuple[int, list[list[int]]]:
+        """Allocate a cache and bind its keys, all or nothing.
+
+        Parameters
+        ----------
+        num_tensors, tensor_nbytes, slots : int
+            Number of tensors, bytes of each, slots of each; all > 0.
+        keys : sequence of KeyName or None
+            Key of each slot.
+        blocks_model : int or None
+            Model whose blocks cache this is; None for a cache without that key.
+
+        Returns
+        -------
+        cache_id : int
+            From 1 on, never used again.
+        addresses : list of list of int
+            One list a device, one address a tensor.
+
+        Raises
+        ------
+        LLMException
+            LLM_PARAM_INVALID: a key is bound, or more keys than slots. LLM_DEVICE_OUT_OF_MEMORY: no room.
+        """
+        self._require_open("allocate_cache")
+        if len(keys) > slots:
+            raise invalid("allocate_cache", f"{len(keys)} cache_keys for {slots} slots, at most one key a slot")
+        bound = slots_of_keys(keys)
+        if blocks_model is not None:
+            bound[(int(KeyKind.BLOCKS), 0, blocks_model)] = 0
+        deadline = time.monotonic() + self._timeout_s
+        cache_id, addresses = self._caches.allocate(num_tensors, tensor_nbytes, slots, bound, deadline)
+        return cache_id, [addresses]
+
+    def deallocate(self, cache_id: int) -> None:
+        """Give up the id of a cache; its memory goes when no key and no transfer needs it."""
+        self._require_open("deallocate_cache")
+        self._caches.deallocate(cache_id)
+
+    def deallocate_later(self, cache_id: int) -> None:
+        """Give up an id from a destructor: never blocks, never raises."""
+        if self.is_open and os.getpid() == self._pid:
+            self._caches.deallocate_later(cache_id)
+
+    def remove_key(self, key: KeyName) -> None:
+        """Unbind a key; unknown keys are ignored."""
+        self._require_open("remove_cache_key")
+        self._caches.remove_key(key)
+
+    def tensor_memory(self, cache_id: int, tensor_index: int) -> list[memoryview]:
+        """Give one tensor as writable bytes, one view a device; raises LLM_KV_CACHE_NOT_EXIST."""
+        self._require_open("get_cache_tensors")
+        found = self._caches.tensor_range(cache_id, tensor_index)
+        if found is None:
+            raise _no_cache("get_cache_tensors", cache_id)
+        return [self._caches.device.memory(*found)]
+
+    def statistics(self) -> PoolStatistics:
+        """Tell the level of the pool."""
+        self._require_open("statistics")
+        return self._caches.statistics()
+
+    # ---- pulls
+
+    def pull_cache(
+        self,
+        cluster_id: int,
+        key: KeyName,
+        cache_id: int,
+        batch_index: int,
+        size: int,
+        src_tensors: TensorRange,
+        dst_tensors: TensorRange,
+        src_offset: int,
+        dst_offset: int,
+        consume: bool,
+    ) -> None:
+        """Copy one remote slot, or a part of it, into a slot of a local cache.
+
+        Parameters
+        ----------
+        cluster_id : int
+            Remote cluster.
+        key : KeyName
+            Ordinary or prefix key, or ``(CACHE, cache_id, slot)`` of the remote cache.
+        cache_id, batch_index : int
+            Local cache and slot.
+        size : int
+            Bytes, or -1 for the rest of the local slot.
+        src_tensors, dst_tensors : (int, int) or None
+            First tensor and number of tensors; None = all.
+        src_offset, dst_offset : int
+            First byte inside the slots.
+        consume : bool
+            Whether an ordinary key is released when all its tensors were pulled.
+
+        Raises
+        ------
+        LLMException
+            The codes of ``KvCacheManager.pull_cache``.
+        """
+        call = "pull_cache"
+        self._require_open(call)
+        cache = self._caches.by_id.get(cache_id)
+        if cache is None:
+            raise _no_cache(call, cache_id)
+        local_slot(call, cache, batch_index)
+        dst_first, dst_count = local_tensors(call, cache, dst_tensors)
+        size = slot_bytes(call, cache, dst_offset, size)
+        puller = self._links.puller(call, cluster_id)
+        kind, number, third = key
+        by_id = kind == KeyKind.CACHE
+        src_first, src_count = (0, _ALL) if src_tensors is None else src_tensors
+        try:
+            puller.pull_cache(
+                cache,
+                kind,
+                number,
+                0 if by_id else third,
+                third if by_id else 0,
+                batch_index,
+                size,
+                src_first,
+                src_count,
+                dst_first,
+                dst_count,
+                src_offset,
+                dst_offset,
+                consume,
+                time.monotonic_ns() + self._timeout_ns,
+            )
+        except TransferFault as fault:
+            raise transfer_failure(call, cluster_id, _key_text(key), cache, fault, self._timeout_ms) from None
+
+    def pull_blocks(
+        self,
+        cluster_id: int,
+        model_id: int,
+        cache_id: int,
+        src_blocks: list[int],
+        dst_blocks: list[int],
+        src_tensors: TensorRange,
+        dst_tensors: TensorRange,
+    ) -> None:
+        """Copy block ``src_blocks[i]`` of a remote blocks cache into block ``dst_blocks[i]`` of a local cache.
+
+        Raises
+        ------
+        ValueError
+            A block number is negative or beyond uint64.
+        LLMException
+            The codes of ``KvCacheManager.pull_blocks``.
+        """
+        call = "pull_blocks"
+        self._require_open(call)
+        pairs = block_pairs(src_blocks, dst_blocks)
+        cache = self._caches.by_id.get(cache_id)
+        if cache is None:
+            raise _no_cache(call, cache_id)
+        local_blocks(call, cache, pairs)
+        dst_first, dst_count = local_tensors(call, cache, dst_tensors)
+        puller = self._links.puller(call, cluster_id)
+        src_first, src_count = (0, _ALL) if src_tensors is None else src_tensors
+        try:
+            puller.pull_blocks(
+                cache,
+                model_id,
+                pairs,
+                src_first,
+                src_count,
+                dst_first,
+                dst_count,
+                time.monotonic_ns() + self._timeout_ns,
+            )
+        except TransferFault as fault:
+            key = f"the blocks key of model {model_id}"
+            raise transfer_failure(call, cluster_id, key, cache, fault, self._timeout_ms) from None
+
+    # ---- links
+
+    def link(self, clusters: Sequence[ClusterAddress], timeout_ms: int) -> LinkResult:
+        """Link to remote clusters; see ``LLMDataDist.link_clusters``."""
+        self._require_open("link_clusters")
+        return self._links.link(clusters, timeout_ms, self.role, num_devices=1)
+
+    def unlink(self, clusters: Sequence[ClusterAddress], timeout_ms: int, force: bool) -> LinkResult:
+        """Take links down; see ``LLMDataDist.unlink_clusters``."""
+        self._require_open("unlink_clusters")
+        return self._links.unlink(clusters, timeout_ms, force, self.role, num_devices=1)
+
+    def check_link(self, remote_cluster_id: int) -> None:
+        """Ask the peer whether a link is whole; see ``LLMDataDist.check_link_status``."""
+        call = "check_link_status"
+        self._require_open(call)
+        if self.role is not LLMRole.DECODER:
+            raise invalid(call, f"[{call}] is not supported by {self.role}")
+        self._links.check(remote_cluster_id, self._timeout_ms)
+
+    def describe_links(self) -> list[LinkDescription]:
+        """List all links."""
+        self._require_open("describe_links")
+        return self._links.describe()
+
+    def _grant(self) -> SharedMemoryGrant:
+        caches = self._caches
+        return SharedMemoryGrant(caches.device.segment, caches.directory, caches.lock)
+
+    def _require_open(self, call: str) -> None:
+        if not self.is_open or os.getpid() != self._pid:
+            reason = "the engine is finalized" if not self.is_open else "the engine belongs to the process that forked"
+            raise failure(call, LLMStatusCode.LLM_FAILED, reason)
+
+
+def _no_cache(call: str, cache_id: int) -> LLMException:
+    return failure(
+        call, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"local cache {cache_id} does not exist or was deallocated"
+    )
+
+
+def _key_text(key: KeyName) -> str:
+    kind, number, third = key
+    if kind == KeyKind.CACHE:
+        return f"cache id {number}, batch index {third}"
+    return f"{KeyKind(kind).name.lower()} key {number} of model {third}"

@@ -1,0 +1,120 @@
+"""One link to one remote cluster: its state and everything that it owns on this side."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import NamedTuple
+
+from llm_datadist.engine.link_state import LinkEvent, LinkState, LinkStatus
+from llm_datadist.transports.base import Grant, Puller
+
+_CLOSE_SECONDS = 1.0  # a running copy looks up at least every millisecond
+
+
+class ClusterAddress(NamedTuple):
+    """A remote cluster as a link call names it.
+
+    Attributes
+    ----------
+    remote_cluster_id : int
+        uint64.
+    local, remote : tuple of (int, int)
+        Address (little-endian integer form) and port, one for each device.
+    """
+
+    remote_cluster_id: int
+    local: tuple[tuple[int, int], ...]
+    remote: tuple[tuple[int, int], ...]
+
+
+class Link:
+    """A link from the moment its set-up starts to the moment this side has given it up.
+
+    Attributes
+    ----------
+    cluster_id : int
+        Of the remote cluster; identifies the link.
+    token : bytes
+        Names this very link in messages, so that a late one cannot touch its successor.
+    instance : bytes
+        Which run of the remote process it is.
+    address : ClusterAddress or None
+        What the client linked to; None on the server's side.
+    puller : Puller or None
+        The client's end of the transport.
+    grant : Grant or None
+        The server's end of the transport.
+    connection : socket or None
+        Kept open as long as the link; the kernel closes it when a process dies.
+    """
+
+    def __init__(
+        self,
+        cluster_id: int,
+        token: bytes,
+        instance: bytes,
+        address: ClusterAddress | None = None,
+        puller: Puller | None = None,
+        grant: Grant | None = None,
+        connection: socket.socket | None = None,
+    ) -> None:
+        self.cluster_id = cluster_id
+        self.token = token
+        self.instance = instance
+        self.address = address
+        self.puller = puller
+        self.grant = grant
+        self.connection = connection
+        self.status = LinkStatus()
+        self.status.handle(LinkEvent.SET_UP)
+
+    @property
+    def state(self) -> LinkState:
+        return self.status.state
+
+    @property
+    def transport(self) -> str:
+        """Name of the transport that the handshake chose."""
+        end = self.puller or self.grant
+        return end.name if end is not None else "none"
+
+    @property
+    def busy(self) -> bool:
+        """Whether a transfer uses the link right now, seen from this side."""
+        end = self.puller or self.grant
+        return end is not None and end.busy
+
+    def lose_peer(self) -> None:
+        """Take in that the peer is gone: running transfers fail at once, its claims no longer hold memory."""
+        self.status.handle(LinkEvent.PEER_LOST)
+        if self.puller is not None:
+            self.puller.mark_dead()
+        if self.grant is not None:
+            self.grant.revoke()
+
+    def start_unlink(self) -> bool:
+        """Go to UNLINKING and let no new transfer start; False, and nothing changed, if one uses the link."""
+        if self.state is LinkState.LINKED:
+            idle = not self.busy if self.puller is None else self.puller.begin_close()
+            if not idle:
+                return False
+        self.status.handle(LinkEvent.TAKE_DOWN)
+        return True
+
+    def keep(self) -> None:
+        """Take `start_unlink` back: the other side uses the link."""
+        self.status.handle(LinkEvent.KEPT)
+        if self.puller is not None:
+            self.puller.reopen()
+
+    def close(self) -> None:
+        """Give up what this side holds. The caller has taken the connection out of the control loop."""
+        if self.puller is not None:
+            self.puller.close(time.monotonic_ns() + int(_CLOSE_SECONDS * 1e9))
+        if self.grant is not None:
+            self.grant.revoke()
+        if self.connection is not None:
+            self.connection.close()
+        if self.state is LinkState.UNLINKING:
+            self.status.handle(LinkEvent.CLOSED)

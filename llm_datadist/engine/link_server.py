@@ -1,0 +1,256 @@
+"""The server's half of link messages: answers clients in the control thread.
+
+A set-up goes through four steps, each under the client's deadline: the Hello is answered with a token, the client comes
+to the Unix socket with it, gets the descriptors, and says that it has mapped them. At most 16 set-ups are under way at
+one time; further ones wait in line.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections import deque
+from typing import Callable
+
+from llm_datadist.control.loop import ControlLoop
+from llm_datadist.control.messages import (
+    Accept,
+    Hello,
+    Message,
+    MessageError,
+    Probe,
+    ProbeAnswer,
+    Refuse,
+    Unlink,
+    Unlinked,
+    decode,
+    encode,
+)
+from llm_datadist.engine.link import Link
+from llm_datadist.engine.link_client import Identity
+from llm_datadist.engine.link_state import LinkEvent
+from llm_datadist.status import LLMStatusCode
+from llm_datadist.transports import rendezvous, shared_memory
+
+_log = logging.getLogger("llm_datadist.link")
+
+MAX_SET_UPS = 16  # at one time on a server, documented
+_MAX_WAITING = 1024  # Hellos in line; more is no engine that links but a mistake or an attack
+_STRANGER_SECONDS = 5.0  # for a connection to present its token
+
+
+class _SetUp:
+    """A link that a client is making, from the accepted Hello on."""
+
+    def __init__(self, hello: Hello, token: bytes, deadline: float) -> None:
+        self.hello = hello
+        self.token = token
+        self.deadline = deadline
+        self.connection: socket.socket | None = None
+        self.grant: shared_memory.SharedMemoryGrant | None = None
+
+
+class LinkServer:
+    """Accepts links for one PROMPT process. Everything in here runs in the control thread.
+
+    Parameters
+    ----------
+    loop : ControlLoop
+        Carries the messages; not started yet or running.
+    identity : Identity
+        Of this process.
+    make_grant : callable
+        Makes the server's end of the shared-memory transport.
+    admit : callable
+        Takes a Hello, says why it must be refused, or None; closes what the new link replaces.
+    add, drop, knows : callable
+        The link table: take a finished link, take one down (a status code), tell whether one is whole.
+    """
+
+    def __init__(
+        self,
+        loop: ControlLoop,
+        identity: Identity,
+        make_grant: Callable[[], shared_memory.SharedMemoryGrant],
+        admit: Callable[[Hello], Refuse | None],
+        add: Callable[[Link], None],
+        drop: Callable[[int, bytes], LLMStatusCode],
+        knows: Callable[[int, bytes], bool],
+    ) -> None:
+        self._loop = loop
+        self._identity = identity
+        self._make_grant = make_grant
+        self._admit = admit
+        self._add = add
+        self._drop = drop
+        self._knows = knows
+        self._set_ups: dict[bytes, _SetUp] = {}
+        self._waiting: deque[tuple[bytes, Hello, float]] = deque()
+        self._strangers: set[socket.socket] = set()
+        self._listener, self._name = rendezvous.listen()
+
+    def start(self, host: str, port: int) -> None:
+        """Listen on the given address; raises zmq.ZMQError if it cannot be bound."""
+        self._loop.listen(host, port, self.on_message)
+        self._loop.call(lambda: self._loop.watch(self._listener, self._on_connection))
+
+    def close(self) -> None:
+        """Give up what is under way; the loop has ended."""
+        self._listener.close()
+        for connection in self._strangers:
+            connection.close()
+        self._strangers.clear()
+        for set_up in list(self._set_ups.values()):
+            self._abandon(set_up, "the server stops")
+        self._waiting.clear()
+
+    # ---- messages
+
+    def on_message(self, peer: bytes, data: bytes) -> None:
+        """Answer one message."""
+        try:
+            message = decode(data)
+        except MessageError as error:
+            _log.warning("refused a message: %s", error)
+            self._reply(peer, Refuse(LLMStatusCode.LLM_LINK_FAILED, str(error)[:1000]))
+            return
+        if isinstance(message, Hello):
+            self._on_hello(peer, message)
+        elif isinstance(message, Unlink):
+            self._reply(peer, Unlinked(self._drop(message.cluster_id, message.token)))
+        elif isinstance(message, Probe):
+            self._reply(peer, ProbeAnswer(self._knows(message.cluster_id, message.token)))
+        else:
+            _log.warning("a client sent %s, which is for clients", type(message).__name__)
+
+    def _reply(self, peer: bytes, message: Message) -> None:
+        self._loop.reply(peer, encode(message))
+
+    def _on_hello(self, peer: bytes, hello: Hello) -> None:
+        deadline = time.monotonic() + min(max(hello.timeout_ms, 1), 2**31) / 1000
+        if len(self._set_ups) >= MAX_SET_UPS:
+            if len(self._waiting) < _MAX_WAITING:
+                self._waiting.append((peer, hello, deadline))
+            return
+        self._start(peer, hello, deadline)
+
+    def _start(self, peer: bytes, hello: Hello, deadline: float) -> None:
+        refusal = self._check(hello)
+        if refusal is not None:
+            _log.warning("refused cluster %d: %s", hello.cluster_id, refusal.reason)
+            self._reply(peer, refusal)
+            return
+        set_up = _SetUp(hello, rendezvous.new_token(), deadline)
+        self._set_ups[set_up.token] = set_up
+        self._loop.at(deadline, lambda: self._expire(set_up))
+        accept = Accept(
+            self._identity.cluster_id, self._identity.instance, set_up.token, shared_memory.NAME, self._name
+        )
+        self._reply(peer, accept)
+
+    def _check(self, hello: Hello) -> Refuse | None:
+        failed = LLMStatusCode.LLM_LINK_FAILED
+        if hello.remote_cluster_id != self._identity.cluster_id:
+            return Refuse(
+                failed,
+                f"cluster {self._identity.cluster_id} listens here, the client expects {hello.remote_cluster_id}:"
+                " set remote_cluster_id to the id that the prompt was made with",
+            )
+        if shared_memory.NAME not in hello.transports or hello.host != self._identity.host:
+            return Refuse(failed, f"no transport in common: the client offers {hello.transports} on host {hello.host}")
+        return self._admit(hello)
+
+    # ---- set-ups
+
+    def _on_connection(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.setblocking(False)
+        try:
+            rendezvous.require_same_user(connection)
+        except rendezvous.ForeignProcess as error:
+            _log.warning("refused a connection: %s", error)
+            connection.close()
+            return
+        self._strangers.add(connection)
+        self._loop.watch(connection, lambda: self._on_token(connection))
+        self._loop.at(time.monotonic() + _STRANGER_SECONDS, lambda: self._forget_stranger(connection))
+
+    def _on_token(self, connection: socket.socket) -> None:
+        try:
+            token = connection.recv(rendezvous.TOKEN_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            token = b""
+        set_up = self._set_ups.get(token)
+        if set_up is None or set_up.connection is not None:
+            if token:
+                _log.warning("refused a connection with an unknown token")
+            self._forget_stranger(connection)
+            return
+        self._strangers.discard(connection)
+        self._loop.unwatch(connection)
+        set_up.connection = connection
+        try:
+            set_up.grant = self._make_grant()
+            rendezvous.send_descriptors(connection, set_up.grant.descriptors())
+        except OSError as error:
+            self._abandon(set_up, f"cannot send descriptors: {error}")
+            return
+        self._loop.watch(connection, lambda: self._on_mapped(set_up))
+
+    def _forget_stranger(self, connection: socket.socket) -> None:
+        if connection in self._strangers:
+            self._strangers.discard(connection)
+            self._loop.unwatch(connection)
+            connection.close()
+
+    def _on_mapped(self, set_up: _SetUp) -> None:
+        connection, grant = set_up.connection, set_up.grant
+        assert connection is not None
+        assert grant is not None
+        try:
+            answer = connection.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            answer = b""
+        if answer != rendezvous.MAPPED:
+            self._abandon(set_up, "the client gave up")
+            return
+        hello = set_up.hello
+        refusal = self._admit(hello)  # again: another set-up of the same cluster may have been quicker
+        if refusal is not None:
+            self._abandon(set_up, refusal.reason)
+            return
+        self._loop.unwatch(connection)
+        self._end(set_up)
+        link = Link(hello.cluster_id, set_up.token, hello.instance, grant=grant, connection=connection)
+        link.status.handle(LinkEvent.MADE)
+        # In the table before the client hears of it: its first pull or unlink may come at once.
+        self._add(link)
+        try:
+            connection.send(rendezvous.LINKED)
+        except OSError:
+            _log.info("cluster %d is gone before its link was finished", hello.cluster_id)  # the loop sees it close
+
+    def _expire(self, set_up: _SetUp) -> None:
+        if set_up.token in self._set_ups:
+            self._abandon(set_up, "the client's timeout passed")
+
+    def _abandon(self, set_up: _SetUp, reason: str) -> None:
+        _log.warning("link set-up of cluster %d ended: %s", set_up.hello.cluster_id, reason)
+        if set_up.connection is not None:
+            self._loop.unwatch(set_up.connection)
+            set_up.connection.close()
+        if set_up.grant is not None:
+            set_up.grant.revoke()
+        self._end(set_up)
+
+    def _end(self, set_up: _SetUp) -> None:
+        del self._set_ups[set_up.token]
+        while self._waiting and len(self._set_ups) < MAX_SET_UPS:
+            peer, hello, deadline = self._waiting.popleft()
+            if deadline > time.monotonic():
+                self._start(peer, hello, deadline)

@@ -1,0 +1,48 @@
+"""What an engine is made from: plain values that were checked before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_datadist.roles import LLMRole
+
+
+@dataclass(frozen=True)
+class SizeClass:
+    """One entry of ``llm.BufPoolCfg``, in bytes."""
+
+    total_size: int
+    blk_size: int
+    max_buf_size: int
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of one initialised instance.
+
+    Attributes
+    ----------
+    role, cluster_id : LLMRole, int
+        As given to ``LLMDataDist``.
+    device_ids : tuple of int
+        Devices that the process drives.
+    listen : tuple of (str, int)
+        Addresses to accept links at, one a device; empty unless PROMPT.
+    sync_kv_timeout_ms : int
+        Deadline of pulls and of calls on caches, > 0.
+    pool_bytes : int or None
+        Size of the pool; None = default.
+    enable_switch_role : bool
+        Whether the role may change later.
+    buf_pool_classes : tuple of SizeClass
+        Size classes of the pool; empty = a general pool.
+    """
+
+    role: LLMRole
+    cluster_id: int
+    device_ids: tuple[int, ...] = (0,)
+    listen: tuple[tuple[str, int], ...] = ()
+    sync_kv_timeout_ms: int = 1000
+    pool_bytes: int | None = None
+    enable_switch_role: bool = False
+    buf_pool_classes: tuple[SizeClass, ...] = ()

@@ -1,0 +1,128 @@
+"""Options of `LLMDataDist.init`: from the dictionary of texts to checked values, in the documented order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llm_datadist.arguments import INT32_MAX, check_isinstance
+from llm_datadist.buf_pool_option import KEY as BUF_POOL
+from llm_datadist.buf_pool_option import parse_buf_pool
+from llm_datadist.cluster_info_option import CLUSTER_INFO, own_cluster
+from llm_datadist.engine.options import EngineOptions, SizeClass
+from llm_datadist.option_text import is_decimal, option_number, option_text
+from llm_datadist.roles import LLMRole
+from llm_datadist.status import InvalidArgument, LLMException, LLMStatusCode
+
+CACHE_MANAGER = "llm.EnableCacheManager"
+LOCAL_COMM_RES = "llm.LocalCommRes"
+MEMORY_SIZE = "ge.flowGraphMemMaxSize"
+MEMORY_UTILIZATION = "llm.MemoryUtilization"
+ROLE = "llm.Role"
+SWITCH_ROLE = "llm.EnableSwitchRole"
+SYNC_KV_TIMEOUT = "llm.SyncKvCacheWaitTime"
+
+_ROLE_NAMES = {LLMRole.PROMPT: "Prompt", LLMRole.DECODER: "Decoder", LLMRole.MIX: "Mix"}
+_DEFAULT_UTILIZATION = 0.95
+_MIN_POOL_BYTES = 512  # what the smallest tensor occupies
+_MAX_POOL_DIGITS = 19  # what an int64 can have; Python refuses to convert very long numbers
+
+
+class InitOptions(NamedTuple):
+    """What the options of an instance come to.
+
+    Attributes
+    ----------
+    engine : EngineOptions
+        What the engine is made from.
+    entries : dict of str to str
+        What is written into the program's dictionary when the engine runs.
+    """
+
+    engine: EngineOptions
+    entries: dict[str, str]
+
+
+def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -> InitOptions:
+    """Check the options of an instance; the dictionary stays as it is.
+
+    Raises
+    ------
+    TypeError
+        `options` is no dict, or a value is no str.
+    ValueError
+        The memory utilisation or the port of a listen address is no number, or the port is out of range.
+    RuntimeError
+        The IP of a listen address cannot be parsed.
+    LLMException
+        LLM_PARAM_INVALID: an option is missing or cannot be used. LLM_FEATURE_NOT_ENABLED: an option asks for a mode
+        that is not available.
+    """
+    check_isinstance("options", options, dict, allow_none=False)
+    pool_bytes = _pool_bytes(options)
+    _refuse_cache_manager(options)
+    cluster = own_cluster(role, cluster_id, options)
+    engine = EngineOptions(
+        role=role,
+        cluster_id=cluster.cluster_id,
+        device_ids=cluster.device_ids,
+        listen=cluster.listen,
+        enable_switch_role=_enable_switch_role(options),
+        sync_kv_timeout_ms=_sync_kv_timeout_ms(options),
+        pool_bytes=pool_bytes,
+        buf_pool_classes=_buf_pool_classes(options),
+    )
+    return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text})
+
+
+def _pool_bytes(options: dict[str, str]) -> int | None:
+    size_text = option_text(options, MEMORY_SIZE)
+    if size_text is not None:
+        _check_memory_size(size_text)
+    utilization = float(options.get(MEMORY_UTILIZATION, _DEFAULT_UTILIZATION))
+    if not 0.0 <= utilization <= 1.0:
+        raise InvalidArgument(f"{MEMORY_UTILIZATION} is {utilization}, should be in [0.0, 1.0]")
+    if size_text is None:
+        return None
+    usable = int(int(size_text) * utilization)
+    if usable < _MIN_POOL_BYTES:
+        raise InvalidArgument(
+            f"{MEMORY_SIZE} is {size_text} and {MEMORY_UTILIZATION} {utilization}, which leaves {usable} bytes for"
+            f" caches, should be at least {_MIN_POOL_BYTES}"
+        )
+    return usable
+
+
+def _check_memory_size(text: str) -> None:
+    if "," in text:
+        raise InvalidArgument(f"{MEMORY_SIZE} is {text!r}, only support one mem pool")
+    if not is_decimal(text) or len(text) > _MAX_POOL_DIGITS:
+        raise InvalidArgument(f"{MEMORY_SIZE} is {text[:64]!r}, should be a decimal number of bytes")
+
+
+def _refuse_cache_manager(options: dict[str, str]) -> None:
+    for key, is_on in (
+        (CACHE_MANAGER, options.get(CACHE_MANAGER) == "1"),
+        (LOCAL_COMM_RES, LOCAL_COMM_RES in options),
+    ):
+        if is_on:
+            raise LLMException(
+                f"{key} asks for the cache manager, which is not available: leave the option out",
+                status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+
+
+def _enable_switch_role(options: dict[str, str]) -> bool:
+    text = option_text(options, SWITCH_ROLE)
+    if text not in (None, "0", "1"):
+        raise InvalidArgument(f'{SWITCH_ROLE} is {text!r}, should be "0" or "1"')
+    return text == "1"
+
+
+def _sync_kv_timeout_ms(options: dict[str, str]) -> int:
+    timeout_ms = option_number(SYNC_KV_TIMEOUT, option_text(options, SYNC_KV_TIMEOUT), 1, INT32_MAX)
+    return EngineOptions.sync_kv_timeout_ms if timeout_ms is None else timeout_ms
+
+
+def _buf_pool_classes(options: dict[str, str]) -> tuple[SizeClass, ...]:
+    text = option_text(options, BUF_POOL)
+    return () if text is None else parse_buf_pool(text)

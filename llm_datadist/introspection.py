@@ -1,0 +1,62 @@
+"""What an initialised instance can tell about itself, beyond the documented interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.arguments import check_isinstance
+from llm_datadist.datadist import LLMDataDist
+
+if TYPE_CHECKING:
+    from llm_datadist.engine.caches import PoolStatistics
+    from llm_datadist.engine.links import LinkDescription
+
+
+def pool_statistics(datadist: LLMDataDist) -> PoolStatistics:
+    """Tell the level of the memory pool.
+
+    Parameters
+    ----------
+    datadist : LLMDataDist
+        An initialised instance.
+
+    Returns
+    -------
+    PoolStatistics
+        ``capacity``, ``used``, ``free`` and ``largest_free`` in bytes, ``caches`` and ``keys`` as numbers. What peers
+        have released by pulling it is counted as free.
+
+    Raises
+    ------
+    TypeError
+        `datadist` is no LLMDataDist.
+    RuntimeError
+        The instance is not initialised.
+    """
+    check_isinstance("datadist", datadist, LLMDataDist, allow_none=False)
+    return datadist._require_engine().statistics()
+
+
+def describe_links(datadist: LLMDataDist) -> list[LinkDescription]:
+    """List the links of an instance, also broken ones.
+
+    Parameters
+    ----------
+    datadist : LLMDataDist
+        An initialised instance.
+
+    Returns
+    -------
+    list of LinkDescription
+        ``cluster_id`` of the remote cluster, ``state`` (name of its link state), ``transport`` that was chosen, and
+        ``client``: whether this process opened the link.
+
+    Raises
+    ------
+    TypeError
+        `datadist` is no LLMDataDist.
+    RuntimeError
+        The instance is not initialised.
+    """
+    check_isinstance("datadist", datadist, LLMDataDist, allow_none=False)
+    return datadist._require_engine().describe_links()

@@ -1,0 +1,130 @@
+"""A cache as programs hold it: an id, a description and the addresses of the tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.arguments import check_int64, check_isinstance
+from llm_datadist.cache_desc import CacheDesc, Placement
+from llm_datadist.status import InvalidArgument
+
+if TYPE_CHECKING:
+    from llm_datadist.kv_cache_manager import KvCacheManager
+
+CPU_CACHE_ID = -1  # of every cache of create_cpu_cache; no cache of an engine has it
+
+
+class KvCache:
+    """Handle of a cache; made by `KvCacheManager` or by `create_cpu_cache`.
+
+    An allocated cache is deallocated when its handle dies, so keep the handle as long as the memory is in use.
+
+    Parameters
+    ----------
+    cache_id : int
+        Id of the cache, int64.
+    cache_desc : CacheDesc
+        What was allocated.
+    per_device_tensor_addrs : list of list of int
+        Addresses of the tensors on each device.
+    kv_cache_manager : KvCacheManager or None
+        Manager that allocated the cache; None for memory of the caller.
+    """
+
+    _manager: KvCacheManager | None = None  # what the destructor of a half-made object finds
+
+    def __init__(
+        self,
+        cache_id: int,
+        cache_desc: CacheDesc,
+        per_device_tensor_addrs: list[list[int]],
+        kv_cache_manager: KvCacheManager | None,
+    ) -> None:
+        self._cache_id = check_int64("cache_id", cache_id)
+        self._cache_desc = cache_desc
+        self._per_device_tensor_addrs = per_device_tensor_addrs
+        self._held = True
+        self._manager = kv_cache_manager
+
+    @property
+    def cache_id(self) -> int:
+        """Id: 1, 2, 3, ... in each initialised instance; -1 for memory of the caller."""
+        return self._cache_id
+
+    @property
+    def cache_desc(self) -> CacheDesc:
+        """The description that the cache was made with."""
+        return self._cache_desc
+
+    @property
+    def per_device_tensor_addrs(self) -> list[list[int]]:
+        """Addresses in this process, one list a device and one address a tensor; ``[]`` after deallocation."""
+        return self._per_device_tensor_addrs
+
+    @classmethod
+    def create_cpu_cache(cls, cache_desc: CacheDesc, addrs: list[int] | list[list[int]]) -> KvCache:
+        """Wrap host memory that the caller owns; works without an initialised instance.
+
+        Parameters
+        ----------
+        cache_desc : CacheDesc
+            Description with placement HOST.
+        addrs : list of int, or list of list of int
+            Address of each tensor; or one such list for each device. The caller keeps the memory alive.
+
+        Returns
+        -------
+        KvCache
+            With the id -1.
+
+        Raises
+        ------
+        TypeError
+            An argument of the wrong type; None is an AttributeError as well.
+        LLMException
+            LLM_PARAM_INVALID: placement is not HOST; `addrs` is empty, mixes both forms, or has not one address for
+            each tensor.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
+        if cache_desc.placement is not Placement.HOST:
+            raise InvalidArgument(f"placement must be HOST for a cpu cache, but is {cache_desc.placement}")
+        check_isinstance("addrs", addrs, list, allow_none=False)
+        if not addrs:
+            raise InvalidArgument("addrs is empty, should have an address for each tensor")
+        nested = isinstance(addrs[0], list)
+        for index, item in enumerate(addrs):
+            _check_addresses(f"addrs[{index}]", item, nested, cache_desc.num_tensors)
+        if not nested:
+            _check_count("addrs", len(addrs), cache_desc.num_tensors)
+        return cls(CPU_CACHE_ID, cache_desc, addrs if nested else [addrs], None)  # type: ignore[arg-type, list-item]
+
+    def _mark_deallocated(self) -> None:
+        self._held = False
+        self._per_device_tensor_addrs = []
+
+    def __repr__(self) -> str:
+        return f"KvCache(cache_id = {self._cache_id}, num_devices = {len(self._per_device_tensor_addrs)})"
+
+    def __del__(self) -> None:
+        manager = self._manager
+        if manager is None or not self._held:
+            return
+        try:
+            manager._drop(self._cache_id)
+        except Exception:
+            pass  # nobody could be told; finalize frees the memory
+
+
+def _check_addresses(name: str, item: object, nested: bool, num_tensors: int) -> None:
+    """Check one element of `addrs`: an address, or the addresses of one device."""
+    check_isinstance(name, item, [list, int], allow_none=False)
+    if isinstance(item, list):
+        check_isinstance(name, item, list, int)
+        _check_count(name, len(item), num_tensors)
+    if isinstance(item, list) is not nested:
+        raise InvalidArgument(f"elements of addrs should be consistent: all int or all list, but {name} is {item}")
+
+
+def _check_count(name: str, count: int, num_tensors: int) -> None:
+    if count != num_tensors:
+        raise InvalidArgument(f"{name} has {count} addresses for {num_tensors} tensors, the numbers should be equal")

@@ -1,0 +1,82 @@
+"""The interface of a transport: what a link offers to the engine, however the bytes move."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llm_datadist._core import BlockPairs, LocalCache
+
+
+class Puller(Protocol):
+    """The pulling end of a link.
+
+    Pulls may run in several threads at once. A failed one raises `llm_datadist._core.TransferFault`.
+    """
+
+    name: str
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pull is running."""
+
+    @property
+    def dead(self) -> bool:
+        """Whether the peer was found dead."""
+
+    def mark_dead(self) -> None:
+        """Let running and later pulls fail at once: the peer is gone."""
+
+    def begin_close(self) -> bool:
+        """Let no new pull start; False, and nothing changed, if one is running."""
+
+    def reopen(self) -> None:
+        """Take `begin_close` back."""
+
+    def close(self, deadline_ns: int) -> bool:
+        """End running pulls and close; tells whether everything ended by the deadline (monotonic clock)."""
+
+    def pull_cache(
+        self,
+        target: LocalCache,
+        kind: int,
+        key_id: int,
+        model_id: int,
+        remote_slot: int,
+        local_slot: int,
+        nbytes: int,
+        source_first: int,
+        source_count: int,
+        target_first: int,
+        target_count: int,
+        source_offset: int,
+        target_offset: int,
+        consume: bool,
+        deadline_ns: int,
+    ) -> None:
+        """Copy a part of one remote slot into one local slot; a source count of -1 means all tensors."""
+
+    def pull_blocks(
+        self,
+        target: LocalCache,
+        model_id: int,
+        pairs: BlockPairs,
+        source_first: int,
+        source_count: int,
+        target_first: int,
+        target_count: int,
+        deadline_ns: int,
+    ) -> None:
+        """Copy blocks of the remote blocks cache of a model into local blocks."""
+
+
+class Grant(Protocol):
+    """The pulled end of a link: what this process lets one peer do to its caches."""
+
+    name: str
+
+    @property
+    def busy(self) -> bool:
+        """Whether the peer uses the caches right now."""
+
+    def revoke(self) -> None:
+        """End the grant: the peer's claims no longer hold memory, and the peer can find that out. Idempotent."""

@@ -1,0 +1,100 @@
+"""A Unix socket between two linked processes of one host: credentials, descriptors, and word of the other's death.
+
+The name is abstract (it vanishes with its process) and random; the token that the handshake gave out says which link a
+connection belongs to. The connection stays open as long as the link: the kernel closes it when a process dies.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+
+TOKEN_BYTES = 16
+
+# One byte each, in this order, on a connection that has sent its token.
+GRANTED = b"G"  # server: the descriptors come with this byte
+MAPPED = b"M"  # client: everything is mapped and checked
+LINKED = b"L"  # server: the link is in its table
+
+_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
+
+
+class ForeignProcess(Exception):
+    """The process at the other end runs as another user."""
+
+
+def new_token() -> bytes:
+    """Make a token that cannot be guessed."""
+    return secrets.token_bytes(TOKEN_BYTES)
+
+
+def host_identity() -> str:
+    """Name of the host and network name space: equal in two processes exactly if they can meet on an abstract name."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot_id:
+        return f"{boot_id.read().strip()}:{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def listen() -> tuple[socket.socket, str]:
+    """Open a non-blocking listener on a fresh abstract name; returns it and the name without the leading null byte."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        name = f"llm_datadist.{secrets.token_hex(16)}"
+        listener.bind(f"\0{name}")
+        listener.listen(128)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener, name
+
+
+def connect(name: str, timeout_s: float) -> socket.socket:
+    """Connect to a peer's abstract name; the socket keeps the timeout.
+
+    Raises
+    ------
+    OSError
+        Nobody listens there, or the timeout passed.
+    ForeignProcess
+        The listener runs as another user.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(f"\0{name}")
+        require_same_user(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def require_same_user(connection: socket.socket) -> None:
+    """Check with the kernel who is at the other end; raises `ForeignProcess` unless it is our own user."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid != os.geteuid():
+        raise ForeignProcess(f"process {pid} runs as user {uid}, memory is shared with user {os.geteuid()} only")
+
+
+def send_descriptors(connection: socket.socket, descriptors: list[int]) -> None:
+    """Send `GRANTED` together with open descriptors."""
+    socket.send_fds(connection, [GRANTED], descriptors)
+
+
+def receive_descriptors(connection: socket.socket, count: int) -> list[int]:
+    """Receive `GRANTED` and exactly `count` descriptors, which the caller owns then.
+
+    Raises
+    ------
+    OSError
+        The timeout of the socket passed, or the peer closed it or sent something else.
+    """
+    data, descriptors, _, _ = socket.recv_fds(connection, 1, count, socket.MSG_CMSG_CLOEXEC)
+    if data != GRANTED or len(descriptors) != count:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ConnectionError(f"peer sent {data!r} with {len(descriptors)} descriptors, expected {count}")
+    return list(descriptors)

@@ -1,0 +1,42 @@
+"""A linked pair of processes, for tests that pull."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from llm_datadist import LLMRole, LLMStatusCode
+from tests import datadist_member as dd
+from tests.processes import Member
+
+PROMPT, DECODER = 1, 2  # cluster ids
+
+
+class Pair(NamedTuple):
+    """A prompt process and a decoder process that is linked to it."""
+
+    prompt: Member
+    decoder: Member
+    port: int
+
+
+def start_prompt(member: Member, port: int, cluster_id: int = PROMPT, **options: Any) -> Member:
+    member.call(dd.init_datadist, LLMRole.PROMPT, cluster_id, port=port, **options)
+    return member
+
+
+def start_decoder(member: Member, cluster_id: int = DECODER, **options: Any) -> Member:
+    member.call(dd.init_datadist, LLMRole.DECODER, cluster_id, **options)
+    return member
+
+
+@pytest.fixture
+def pair(members: Callable[[str], Member], free_port: Callable[[], int]) -> Pair:
+    """A prompt (cluster 1) and a decoder (cluster 2) that is linked to it, with the default timeout."""
+    port = free_port()
+    prompt = start_prompt(members("prompt"), port)
+    decoder = start_decoder(members("decoder"), sync_kv_timeout=5000)
+    assert decoder.call(dd.link, PROMPT, port) == (LLMStatusCode.LLM_SUCCESS, [LLMStatusCode.LLM_SUCCESS])
+    return Pair(prompt, decoder, port)

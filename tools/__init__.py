@@ -1,0 +1,1 @@
+"""What people run: the command ``llm-datadist``; installed as ``llm_datadist.tools``."""

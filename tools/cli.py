@@ -1,0 +1,18 @@
+"""The command ``llm-datadist``."""
+
+from __future__ import annotations
+
+import click
+
+from llm_datadist.tools.demo.command import demo
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Move the KV cache of language models from prefill processes to decode processes."""
+
+
+main.add_command(demo)
+
+if __name__ == "__main__":
+    main(prog_name="llm-datadist")

@@ -1,0 +1,104 @@
+"""KV memory of the prefill process, in its two forms.
+
+A request goes through `place` (memory to prefill into), `publish` (the decoder may pull) and `pulled` (the memory may
+be used again). `close` gives everything back.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llm_datadist import BlocksCacheKey, CacheKey, KvCache, KvCacheManager
+from llm_datadist.examples.smollm2 import ContiguousSequence, Hyperparameters, KvSequence, PagedSequence
+from llm_datadist.tools.demo.block_allocator import BlockAllocator
+from llm_datadist.tools.demo.kv_layout import (
+    PROMPT_CLUSTER,
+    PROMPTS_IN_FLIGHT,
+    blocks_desc,
+    blocks_of,
+    cache_arrays,
+    contiguous_desc,
+)
+
+
+class PromptCaches(Protocol):
+    """KV memory of the requests between their prefill and their pull."""
+
+    def has_room(self, tokens: int) -> bool:
+        """Tell whether a prompt of `tokens` tokens can be placed now."""
+
+    def place(self, request: int, tokens: int) -> KvSequence:
+        """Return memory for the prompt of a request."""
+
+    def publish(self, request: int) -> list[int]:
+        """Let the decoder pull the request; return its block table, empty if its key is enough."""
+
+    def pulled(self, request: int) -> None:
+        """Take note that the decoder has pulled the request."""
+
+    def close(self) -> None:
+        """Give back all memory."""
+
+
+class RequestCaches:
+    """A cache of its own for each request, named by a CacheKey (mode "cache")."""
+
+    def __init__(self, manager: KvCacheManager, sizes: Hyperparameters) -> None:
+        self._manager = manager
+        self._sizes = sizes
+        self._filling: dict[int, KvCache] = {}
+        self._published: set[int] = set()
+
+    def has_room(self, tokens: int) -> bool:
+        return len(self._filling) + len(self._published) < PROMPTS_IN_FLIGHT
+
+    def place(self, request: int, tokens: int) -> KvSequence:
+        desc = contiguous_desc(self._sizes, slots=1)
+        cache = self._manager.allocate_cache(desc, [CacheKey(PROMPT_CLUSTER, request)])
+        self._filling[request] = cache
+        return ContiguousSequence(cache_arrays(cache), slot=0)
+
+    def publish(self, request: int) -> list[int]:
+        # From now on the key alone holds the memory: the pull releases the key, and with it the memory.
+        self._manager.deallocate_cache(self._filling.pop(request))
+        self._published.add(request)
+        return []
+
+    def pulled(self, request: int) -> None:
+        self._published.remove(request)
+
+    def close(self) -> None:
+        for cache in self._filling.values():
+            self._manager.deallocate_cache(cache)
+        for request in self._published:
+            self._manager.remove_cache_key(CacheKey(PROMPT_CLUSTER, request))
+
+
+class PromptBlocks:
+    """One paged cache for all requests, named by a BlocksCacheKey (mode "blocks")."""
+
+    def __init__(self, manager: KvCacheManager, sizes: Hyperparameters) -> None:
+        desc = blocks_desc(sizes, PROMPTS_IN_FLIGHT)
+        self._manager = manager
+        self._cache = manager.allocate_blocks_cache(desc, BlocksCacheKey(PROMPT_CLUSTER))
+        self._arrays = cache_arrays(self._cache)
+        self._blocks = BlockAllocator(desc.shape[0])
+        self._block_tables: dict[int, list[int]] = {}
+
+    def has_room(self, tokens: int) -> bool:
+        return blocks_of(tokens) <= self._blocks.num_free
+
+    def place(self, request: int, tokens: int) -> KvSequence:
+        block_table = self._blocks.allocate(blocks_of(tokens))
+        self._block_tables[request] = block_table
+        return PagedSequence(self._arrays, block_table)
+
+    def publish(self, request: int) -> list[int]:
+        return self._block_tables[request]
+
+    def pulled(self, request: int) -> None:
+        self._blocks.free(self._block_tables.pop(request))
+
+    def close(self) -> None:
+        self._arrays = ()
+        self._manager.deallocate_cache(self._cache)
