@@ -9,9 +9,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
-cdef extern from "atomics.h" nogil:
-    uint64_t load_acquire(const uint64_t *word)
-    uint64_t monotonic_ns()
+from llm_datadist._atomics cimport load_acquire, monotonic_ns
 
 # Bytes between two looks at the gate: long enough that the look (about 30 ns) does not show, short enough that a
 # deadline is met within a fraction of a millisecond.

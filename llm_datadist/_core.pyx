@@ -6,13 +6,15 @@ reuses the memory (each side writes its word, then a full fence, then reads the 
 hazard goes, and a consumed key is marked in the ledger, where the owner finds it with its next operation.
 """
 
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
+from llm_datadist._atomics cimport (
+    compare_exchange, exchange, fence_acquire, fence_full, fetch_add, fetch_and, fetch_or, fetch_sub, load_acquire,
+    load_relaxed, lowest_bit, monotonic_ns, relax, store_release,
+)
 from llm_datadist._copy cimport COPIED, COPY_TIMED_OUT, CopyOutcome, Gate, Plan, Run, execute, join_run, stopped
+from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._segment cimport Segment
 
 cdef extern from "unistd.h" nogil:
@@ -51,122 +53,6 @@ class TransferFault(Exception):
         self.remote_tensors = remote_tensors
         self.remote_slots = remote_slots
         self.remote_stride = remote_stride
-
-
-cdef class LocalCache:
-    """Where a cache of this process lies, and how many transfers use it right now.
-
-    Parameters
-    ----------
-    cache_id : int
-        Id of the cache, never used again by the owner.
-    address, step : int
-        Address of the first tensor; bytes from one tensor to the next.
-    tensor_nbytes, stride : int
-        Bytes of one tensor and of one slot of it.
-    tensors, slots : int
-        Number of tensors, number of slots of each.
-    """
-
-    cdef readonly uint64_t cache_id
-    cdef readonly uint64_t address        # of the first tensor
-    cdef readonly uint64_t step
-    cdef readonly uint64_t tensor_nbytes
-    cdef readonly uint64_t stride
-    cdef readonly uint64_t tensors
-    cdef readonly uint64_t slots
-    cdef uint64_t _pins                   # transfers that run on the memory
-    cdef uint64_t _released               # the id was given up: no new transfer may start
-
-    def __init__(
-        self, uint64_t cache_id, uint64_t address, uint64_t step, uint64_t tensor_nbytes, uint64_t stride,
-        uint64_t tensors, uint64_t slots,
-    ):
-        self.cache_id = cache_id
-        self.address = address
-        self.step = step
-        self.tensor_nbytes = tensor_nbytes
-        self.stride = stride
-        self.tensors = tensors
-        self.slots = slots
-
-    cdef bint pin(self) noexcept nogil:
-        fetch_add(&self._pins, 1)
-        if load_acquire(&self._released) != 0:
-            fetch_sub(&self._pins, 1)
-            return False
-        return True
-
-    cdef void unpin(self) noexcept nogil:
-        fetch_sub(&self._pins, 1)
-
-    def release(self):
-        """Let no new transfer start on this memory."""
-        exchange(&self._released, 1)
-
-    @property
-    def pinned(self) -> bool:
-        """Whether a transfer runs on this memory."""
-        return load_acquire(&self._pins) != 0
-
-
-cdef class BlockPairs:
-    """Block table of one transfer: source block i goes into target block i. Made by `block_pairs`."""
-
-    cdef readonly uint64_t count
-    cdef readonly uint64_t max_source
-    cdef readonly uint64_t max_target
-    cdef uint64_t *_sources
-    cdef uint64_t *_targets
-
-    def __dealloc__(self):
-        PyMem_Free(self._sources)
-
-    @property
-    def is_empty(self) -> bool:
-        return self.count == 0
-
-
-def block_pairs(list sources not None, list targets not None):
-    """Unpack two lists of block numbers of equal length.
-
-    Raises
-    ------
-    TypeError
-        An element is no int.
-    ValueError
-        A block number is negative or beyond uint64; the lists differ in length.
-    """
-    cdef Py_ssize_t count = PyList_GET_SIZE(sources)
-    if PyList_GET_SIZE(targets) != count:
-        raise ValueError(f"{count} source blocks but {len(targets)} target blocks, size should be same")
-    cdef BlockPairs pairs = BlockPairs.__new__(BlockPairs)
-    pairs._sources = <uint64_t *>PyMem_Malloc((2 * count + 1) * sizeof(uint64_t))
-    if pairs._sources == NULL:
-        raise MemoryError()
-    pairs._targets = pairs._sources + count
-    pairs.count = count
-    pairs.max_source = _unpack(sources, pairs._sources, count)
-    pairs.max_target = _unpack(targets, pairs._targets, count)
-    return pairs
-
-
-cdef uint64_t _unpack(list blocks, uint64_t *out, Py_ssize_t count) except? 0:
-    cdef Py_ssize_t i
-    cdef uint64_t value
-    cdef uint64_t largest = 0
-    for i in range(count):
-        item = <object>PyList_GET_ITEM(blocks, i)
-        if not PyLong_Check(item):
-            raise TypeError(f"block number {item!r} is a {type(item).__name__}, only support int")
-        try:
-            value = PyLong_AsUnsignedLongLong(item)
-        except OverflowError:
-            raise ValueError(f"block number {item} is out of range, should be in [0, 2**64)") from None
-        out[i] = value
-        if value > largest:
-            largest = value
-    return largest
 
 
 # Where an entry was found and what was read of it in one consistent look.

@@ -12,11 +12,11 @@ when its memory is given up: until then its chain of keys stays walkable for rea
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport uint64_t
 
+from llm_datadist._atomics cimport exchange, fence_full, load_acquire, lowest_bit, store_relaxed, store_release
 from llm_datadist._core cimport (
     CACHE_ID, HEADER_BYTES, LAYOUT_VERSION, MAX_ENTRIES, ORDINARY_KEY, OVERFLOW_BYTES, RECORD_WORDS, DirectoryHeader,
-    bucket_of, claim_magic, directory_bytes, directory_magic, exchange, fence_full, generation_tag, leaves_offset,
-    ledger_bytes, load_acquire, lowest_bit, overflow_offset, pulled_words, records_offset, store_relaxed,
-    store_release,
+    bucket_of, claim_magic, directory_bytes, directory_magic, generation_tag, leaves_offset, ledger_bytes,
+    overflow_offset, pulled_words, records_offset,
 )
 
 from llm_datadist._pool import Pool, PoolExhausted

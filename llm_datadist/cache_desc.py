@@ -30,8 +30,9 @@ def tensor_nbytes(shape: Sequence[int], data_type: DataType) -> int:
         if dimension <= 0:
             raise InvalidArgument(f"shape {list(shape)} has dimension {dimension}, each should be greater than 0")
         nbytes *= dimension
-    if nbytes > INT64_MAX:
-        raise InvalidArgument(f"shape {list(shape)} of {data_type} is too large: {nbytes} bytes do not fit into int64")
+        # Looked at in each step: a product of many dimensions would be too long a number even for a message.
+        if nbytes > INT64_MAX:
+            raise InvalidArgument(f"shape {list(shape)} of {data_type} is too large, its bytes do not fit into int64")
     return nbytes
 
 

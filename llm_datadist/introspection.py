@@ -9,7 +9,7 @@ from llm_datadist.datadist import LLMDataDist
 
 if TYPE_CHECKING:
     from llm_datadist.engine.caches import PoolStatistics
-    from llm_datadist.engine.links import LinkDescription
+    from llm_datadist.engine.link_table import LinkDescription
 
 
 def pool_statistics(datadist: LLMDataDist) -> PoolStatistics:

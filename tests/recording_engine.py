@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm_datadist import LLMStatusCode
-from llm_datadist._core import block_pairs
+from llm_datadist._local import block_pairs
 
 
 class RecordingEngine:

@@ -114,7 +114,7 @@ class ControlLoop:
         self._epoll.close()
         self._wake_in.close()
         self._wake_out.close()
-        self.context.destroy(linger=0)
+        self.context.term()  # client calls in other threads end with an error now, and close their sockets themselves
 
     # ---- from the control thread
 

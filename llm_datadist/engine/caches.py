@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llm_datadist._core import LocalCache
 from llm_datadist._directory import Directory, DirectoryFull
+from llm_datadist._local import LocalCache
 from llm_datadist._pool import Pool, PoolExhausted
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.keys import KeyKind, KeyName

@@ -7,7 +7,8 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from llm_datadist._core import TransferFault, block_pairs
+from llm_datadist._core import TransferFault
+from llm_datadist._local import block_pairs
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
@@ -15,8 +16,10 @@ from llm_datadist.engine.failures import failure, invalid, transfer_failure
 from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, local_tensors, slot_bytes
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress
-from llm_datadist.engine.link_client import Identity
-from llm_datadist.engine.links import LinkDescription, LinkResult, LinkTable
+from llm_datadist.engine.link_calls import LinkCalls, LinkResult
+from llm_datadist.engine.link_client import Identity, LinkClient
+from llm_datadist.engine.link_server import LinkServer
+from llm_datadist.engine.link_table import LinkDescription, LinkTable
 from llm_datadist.engine.options import EngineOptions
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMException, LLMStatusCode
@@ -62,12 +65,19 @@ class Engine:
         except BaseException:
             pool.close()
             raise
-        self._loop = ControlLoop()
+        try:
+            self._loop = ControlLoop()
+        except BaseException:
+            self._caches.close()
+            raise
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
-        self._links = LinkTable(self._loop, identity, self._grant, self._caches.forget_peer)
+        self._links = LinkTable(self._loop, self._caches.forget_peer)
+        self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity))
+        self._server: LinkServer | None = None
         try:
             for host, port in options.listen:
-                self._links.listen(host, port)
+                self._server = LinkServer(self._loop, identity, self._grant, self._links)
+                self._server.start(host, port)
         except BaseException:
             self.close()
             raise
@@ -80,6 +90,8 @@ class Engine:
         if os.getpid() != self._pid:
             return  # a forked child: threads and sockets are the parent's
         self._loop.stop()
+        if self._server is not None:
+            self._server.close()
         self._links.close()
         self._caches.close()
 
@@ -275,12 +287,12 @@ class Engine:
     def link(self, clusters: Sequence[ClusterAddress], timeout_ms: int) -> LinkResult:
         """Link to remote clusters; see ``LLMDataDist.link_clusters``."""
         self._require_open("link_clusters")
-        return self._links.link(clusters, timeout_ms, self.role, num_devices=1)
+        return self._calls.link(clusters, timeout_ms, self.role, num_devices=1)
 
     def unlink(self, clusters: Sequence[ClusterAddress], timeout_ms: int, force: bool) -> LinkResult:
         """Take links down; see ``LLMDataDist.unlink_clusters``."""
         self._require_open("unlink_clusters")
-        return self._links.unlink(clusters, timeout_ms, force, self.role, num_devices=1)
+        return self._calls.unlink(clusters, timeout_ms, force, self.role, num_devices=1)
 
     def check_link(self, remote_cluster_id: int) -> None:
         """Ask the peer whether a link is whole; see ``LLMDataDist.check_link_status``."""
@@ -288,7 +300,7 @@ class Engine:
         self._require_open(call)
         if self.role is not LLMRole.DECODER:
             raise invalid(call, f"[{call}] is not supported by {self.role}")
-        self._links.check(remote_cluster_id, self._timeout_ms)
+        self._calls.check(remote_cluster_id, self._timeout_ms)
 
     def describe_links(self) -> list[LinkDescription]:
         """List all links."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llm_datadist._core import LocalCache, Outcome, TransferFault
+from llm_datadist._core import Outcome, TransferFault
+from llm_datadist._local import LocalCache
 from llm_datadist.status import LLMException, LLMStatusCode
 
 _CODES = {

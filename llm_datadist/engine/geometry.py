@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-from llm_datadist._core import BlockPairs, LocalCache
+from llm_datadist._local import BlockPairs, LocalCache
 from llm_datadist.engine.failures import invalid
 
 TensorRange = Optional[tuple[int, int]]  # first tensor, number of tensors; None = all

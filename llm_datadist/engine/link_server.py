@@ -13,6 +13,8 @@ import time
 from collections import deque
 from typing import Callable
 
+import zmq
+
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.control.messages import (
     Accept,
@@ -27,9 +29,11 @@ from llm_datadist.control.messages import (
     decode,
     encode,
 )
+from llm_datadist.engine.failures import failure
 from llm_datadist.engine.link import Link
 from llm_datadist.engine.link_client import Identity
 from llm_datadist.engine.link_state import LinkEvent
+from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.status import LLMStatusCode
 from llm_datadist.transports import rendezvous, shared_memory
 
@@ -62,10 +66,8 @@ class LinkServer:
         Of this process.
     make_grant : callable
         Makes the server's end of the shared-memory transport.
-    admit : callable
-        Takes a Hello, says why it must be refused, or None; closes what the new link replaces.
-    add, drop, knows : callable
-        The link table: take a finished link, take one down (a status code), tell whether one is whole.
+    table : LinkTable
+        Takes finished links, says who must be refused.
     """
 
     def __init__(
@@ -73,26 +75,30 @@ class LinkServer:
         loop: ControlLoop,
         identity: Identity,
         make_grant: Callable[[], shared_memory.SharedMemoryGrant],
-        admit: Callable[[Hello], Refuse | None],
-        add: Callable[[Link], None],
-        drop: Callable[[int, bytes], LLMStatusCode],
-        knows: Callable[[int, bytes], bool],
+        table: LinkTable,
     ) -> None:
         self._loop = loop
         self._identity = identity
         self._make_grant = make_grant
-        self._admit = admit
-        self._add = add
-        self._drop = drop
-        self._knows = knows
+        self._table = table
         self._set_ups: dict[bytes, _SetUp] = {}
         self._waiting: deque[tuple[bytes, Hello, float]] = deque()
         self._strangers: set[socket.socket] = set()
         self._listener, self._name = rendezvous.listen()
 
     def start(self, host: str, port: int) -> None:
-        """Listen on the given address; raises zmq.ZMQError if it cannot be bound."""
-        self._loop.listen(host, port, self.on_message)
+        """Listen on the given address.
+
+        Raises
+        ------
+        LLMException
+            LLM_FAILED: the address cannot be bound.
+        """
+        try:
+            self._loop.listen(host, port, self.on_message)
+        except zmq.ZMQError as error:
+            reason = f"cannot listen on {host}:{port} ({error.strerror}), choose a free port"
+            raise failure("init", LLMStatusCode.LLM_FAILED, reason) from error
         self._loop.call(lambda: self._loop.watch(self._listener, self._on_connection))
 
     def close(self) -> None:
@@ -118,9 +124,9 @@ class LinkServer:
         if isinstance(message, Hello):
             self._on_hello(peer, message)
         elif isinstance(message, Unlink):
-            self._reply(peer, Unlinked(self._drop(message.cluster_id, message.token)))
+            self._reply(peer, Unlinked(self._table.drop(message.cluster_id, message.token)))
         elif isinstance(message, Probe):
-            self._reply(peer, ProbeAnswer(self._knows(message.cluster_id, message.token)))
+            self._reply(peer, ProbeAnswer(self._table.knows(message.cluster_id, message.token)))
         else:
             _log.warning("a client sent %s, which is for clients", type(message).__name__)
 
@@ -159,7 +165,7 @@ class LinkServer:
             )
         if shared_memory.NAME not in hello.transports or hello.host != self._identity.host:
             return Refuse(failed, f"no transport in common: the client offers {hello.transports} on host {hello.host}")
-        return self._admit(hello)
+        return self._table.admit(hello)
 
     # ---- set-ups
 
@@ -220,7 +226,7 @@ class LinkServer:
             self._abandon(set_up, "the client gave up")
             return
         hello = set_up.hello
-        refusal = self._admit(hello)  # again: another set-up of the same cluster may have been quicker
+        refusal = self._table.admit(hello)  # again: another set-up of the same cluster may have been quicker
         if refusal is not None:
             self._abandon(set_up, refusal.reason)
             return
@@ -229,7 +235,7 @@ class LinkServer:
         link = Link(hello.cluster_id, set_up.token, hello.instance, grant=grant, connection=connection)
         link.status.handle(LinkEvent.MADE)
         # In the table before the client hears of it: its first pull or unlink may come at once.
-        self._add(link)
+        self._table.add_accepted(link)
         try:
             connection.send(rendezvous.LINKED)
         except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from llm_datadist._core import BlockPairs, LocalCache
+from llm_datadist._local import BlockPairs, LocalCache
 
 
 class Puller(Protocol):

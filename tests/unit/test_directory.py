@@ -15,8 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llm_datadist._core import LocalCache, Outcome, PeerMemory, TransferFault, block_pairs
+from llm_datadist._core import Outcome, PeerMemory, TransferFault
 from llm_datadist._directory import Claims, Directory, DirectoryFull
+from llm_datadist._local import LocalCache, block_pairs
 from llm_datadist._segment import Segment
 
 ORDINARY, PREFIX, BLOCKS, CACHE = 1, 2, 3, 4

@@ -287,6 +287,13 @@ def test_the_first_failing_check_of_a_pull_counts(decoder: KvCacheManager, cache
     assert asked(decoder) == []
 
 
+def test_a_batch_index_is_a_uint32(decoder: KvCacheManager, cache: KvCache) -> None:
+    with pytest.raises(ValueError, match="batch_index .*out of range"):
+        decoder.pull_cache(CacheKey(0, 1), cache, 2**32)
+    decoder.pull_cache(CacheKey(0, 1), cache, 2**32 - 1)
+    assert [args[3] for _, args in asked(decoder)] == [2**32 - 1]
+
+
 @pytest.mark.parametrize("size", [0, -2, -(2**63)])
 def test_sizes_that_no_slot_has(decoder: KvCacheManager, cache: KvCache, size: int) -> None:
     refused("size .* is invalid", decoder.pull_cache, CacheKey(0, 1), cache, size=size)
@@ -336,6 +343,10 @@ def test_keywords_of_a_pull_of_blocks(decoder: KvCacheManager, cache: KvCache) -
     )
     decoder.pull_blocks(key, cache, [0], [1], dst_layer_range=range(3), tensor_num_per_layer=1)
     assert [args[5:] for _, args in asked(decoder)] == [((0, 2), (2, 2)), (None, (0, 3))]
+
+
+def test_no_blocks_at_all(decoder: KvCacheManager, cache: KvCache) -> None:
+    refused("prompt_blocks can not be empty", decoder.pull_blocks, BlocksCacheKey(0), cache, [], [])
 
 
 PULL_BLOCKS_CHECKS: list[tuple[type[Exception], str, str, Any]] = [

@@ -23,6 +23,9 @@ from llm_datadist.examples.smollm2 import (
     open_model,
 )
 
+# The model takes seconds on an idle machine; on a busy one the threads of the BLAS library wait for each other.
+pytestmark = pytest.mark.timeout(300)
+
 TEXTS = [
     "Hello, world!",
     "  two  spaces\n\n\tand a tab ",

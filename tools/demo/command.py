@@ -50,7 +50,16 @@ def demo(prompts: tuple[str, ...], count: int | None, max_new_tokens: int, mode:
         click.echo(f"llm-datadist demo: {missing}", err=True)
         sys.exit(EXIT_USAGE)
 
-    # These need the packages that were just looked for.
+    try:
+        sys.exit(_run(prompts, count, max_new_tokens, mode, as_json))
+    except KeyboardInterrupt:
+        click.echo("llm-datadist demo: interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _run(prompts: tuple[str, ...], count: int | None, max_new_tokens: int, mode: str, as_json: bool) -> int:
+    """Run the demo, print its result, and return the exit status."""
+    # Only now, because these import the packages that the caller has looked for.
     from llm_datadist.tools.demo.choose_screen import choose_screen, make_console
     from llm_datadist.tools.demo.coordinator import BadInputError, DemoError, run_demo
     from llm_datadist.tools.demo.report import as_document, print_report
@@ -61,12 +70,9 @@ def demo(prompts: tuple[str, ...], count: int | None, max_new_tokens: int, mode:
             outcome = run_demo(choose_requests(prompts, count), max_new_tokens, mode, screen)
     except DemoError as error:
         click.echo(f"llm-datadist demo: {error}", err=True)
-        sys.exit(EXIT_USAGE if isinstance(error, BadInputError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        click.echo("llm-datadist demo: interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_USAGE if isinstance(error, BadInputError) else EXIT_FAILED
     if as_json:
         click.echo(json.dumps(as_document(outcome), indent=2))
     else:
         print_report(console, outcome)
-    sys.exit(0 if outcome.passed else EXIT_FAILED)
+    return 0 if outcome.passed else EXIT_FAILED

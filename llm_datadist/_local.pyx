@@ -1,0 +1,108 @@
+"""What a transfer touches on this side: a local cache, and the block table that says which block goes where."""
+
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport uint64_t
+
+from llm_datadist._atomics cimport exchange, fetch_add, fetch_sub, load_acquire
+
+
+cdef class LocalCache:
+    """Where a cache of this process lies, and how many transfers use it right now.
+
+    Parameters
+    ----------
+    cache_id : int
+        Id of the cache, never used again by the owner.
+    address, step : int
+        Address of the first tensor; bytes from one tensor to the next.
+    tensor_nbytes, stride : int
+        Bytes of one tensor and of one slot of it.
+    tensors, slots : int
+        Number of tensors, number of slots of each.
+    """
+
+    def __init__(
+        self, uint64_t cache_id, uint64_t address, uint64_t step, uint64_t tensor_nbytes, uint64_t stride,
+        uint64_t tensors, uint64_t slots,
+    ):
+        self.cache_id = cache_id
+        self.address = address
+        self.step = step
+        self.tensor_nbytes = tensor_nbytes
+        self.stride = stride
+        self.tensors = tensors
+        self.slots = slots
+
+    cdef bint pin(self) noexcept nogil:
+        fetch_add(&self._pins, 1)
+        if load_acquire(&self._released) != 0:
+            fetch_sub(&self._pins, 1)
+            return False
+        return True
+
+    cdef void unpin(self) noexcept nogil:
+        fetch_sub(&self._pins, 1)
+
+    def release(self):
+        """Let no new transfer start on this memory."""
+        exchange(&self._released, 1)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a transfer runs on this memory."""
+        return load_acquire(&self._pins) != 0
+
+
+cdef class BlockPairs:
+    """Block table of one transfer: source block i goes into target block i. Made by `block_pairs`."""
+
+    def __dealloc__(self):
+        PyMem_Free(self._sources)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.count == 0
+
+
+def block_pairs(list sources not None, list targets not None):
+    """Unpack two lists of block numbers of equal length.
+
+    Raises
+    ------
+    TypeError
+        An element is no int.
+    ValueError
+        A block number is negative or beyond uint64; the lists differ in length.
+    """
+    cdef Py_ssize_t count = PyList_GET_SIZE(sources)
+    if PyList_GET_SIZE(targets) != count:
+        raise ValueError(f"{count} source blocks but {len(targets)} target blocks, size should be same")
+    cdef BlockPairs pairs = BlockPairs.__new__(BlockPairs)
+    pairs._sources = <uint64_t *>PyMem_Malloc((2 * count + 1) * sizeof(uint64_t))
+    if pairs._sources == NULL:
+        raise MemoryError()
+    pairs._targets = pairs._sources + count
+    pairs.count = count
+    pairs.max_source = _unpack(sources, pairs._sources, count)
+    pairs.max_target = _unpack(targets, pairs._targets, count)
+    return pairs
+
+
+cdef uint64_t _unpack(list blocks, uint64_t *out, Py_ssize_t count) except? 0:
+    cdef Py_ssize_t i
+    cdef uint64_t value
+    cdef uint64_t largest = 0
+    for i in range(count):
+        item = <object>PyList_GET_ITEM(blocks, i)
+        if not PyLong_Check(item):
+            raise TypeError(f"block number {item!r} is a {type(item).__name__}, only support int")
+        try:
+            value = PyLong_AsUnsignedLongLong(item)
+        except OverflowError:
+            raise ValueError(f"block number {item} is out of range, should be in [0, 2**64)") from None
+        out[i] = value
+        if value > largest:
+            largest = value
+    return largest
