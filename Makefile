@@ -48,8 +48,9 @@ endef
 demo: setup
 	$(BIN)/llm-datadist demo $(ARGS)
 
+# One BLAS thread a test process: with more of them than cores they would mostly wait for each other.
 test: setup
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 # cython-lint starts pycodestyle by its name.
 lint: setup typecheck
