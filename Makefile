@@ -78,4 +78,4 @@ wheel: setup
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find llm_datadist cluster tools examples tests benchmarks -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +
+	find llm_datadist cluster tools examples tests benchmarks \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +

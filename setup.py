@@ -10,7 +10,7 @@ extensions = [
         f"llm_datadist.{name}",
         [f"llm_datadist/{name}.pyx"],
         include_dirs=["llm_datadist/include"],
-        depends=["llm_datadist/include/atomics.h"],
+        depends=["llm_datadist/include/atomics.h", "llm_datadist/include/stream_copy.h"],
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
     for name in MODULES

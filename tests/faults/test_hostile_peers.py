@@ -126,9 +126,16 @@ def test_a_server_that_sends_wrong_descriptors(members: Members, descriptors: in
         context.destroy(linger=0)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"noise", bytes(60_000), msgpack.packb({"v": 1, "t": "hello"}), msgpack.packb(5)]
-)
+NOISE = {
+    "nothing": b"",
+    "text": b"noise",
+    "zeros": bytes(60_000),
+    "half a hello": msgpack.packb({"v": 1, "t": "hello"}),
+    "a number": msgpack.packb(5),
+}
+
+
+@pytest.mark.parametrize("data", NOISE.values(), ids=NOISE.keys())
 def test_noise_on_the_listening_port(pair: Pair, data: bytes) -> None:
     answer = ask(pair.port, data)
     assert answer is not None

@@ -174,9 +174,7 @@ def test_ranges_that_do_not_fit_keep_the_key(pair: Pair) -> None:
 def test_layer_ranges(pair: Pair) -> None:
     offer(pair.prompt, CacheKey(PROMPT, 1))
     mine = target(pair.decoder)
-    pair.decoder.call(
-        dd.pull_cache, CacheKey(PROMPT, 1), mine, src_layer_range=range(1), dst_layer_range=range(1, 2)
-    )
+    pair.decoder.call(dd.pull_cache, CacheKey(PROMPT, 1), mine, src_layer_range=range(1), dst_layer_range=range(1, 2))
     for tensor, wanted in enumerate((expected(999, 0, 0), expected(999, 1, 0), expected(1, 0, 0), expected(1, 1, 0))):
         assert slots(pair.decoder, mine, tensor)[0] == wanted
     single = target(pair.decoder, tensors=1)

@@ -48,6 +48,21 @@ def test_every_plan_copies_what_slices_would_copy(plan: tuple[int, Runs], random
         np.testing.assert_array_equal(target, wanted)
 
 
+@pytest.mark.parametrize("shift", range(0, 64, 7))
+@pytest.mark.parametrize("tail", [0, 1, 63, 64, 65])
+def test_large_copies_touch_exactly_their_bytes(shift: int, tail: int) -> None:
+    """Beyond the size where copies go past the caches, at every kind of alignment, in runs of several sizes."""
+    size = 6 << 20
+    source = np.random.default_rng(shift).integers(0, 256, size, dtype=np.uint8)
+    target = np.zeros(size, np.uint8)
+    wanted = target.copy()
+    runs = [(shift, 100, (5 << 20) + tail), (3, (5 << 20) + 1000 + shift, 4096 + tail), (0, size - 60 - tail, 50)]
+    for source_offset, target_offset, nbytes in runs:
+        wanted[target_offset : target_offset + nbytes] = source[source_offset : source_offset + nbytes]
+    assert copy_runs([source.ctypes.data], [target.ctypes.data], runs, in_a_second()) == 0
+    np.testing.assert_array_equal(target, wanted)
+
+
 def test_large_unaligned_runs() -> None:
     source = np.random.default_rng(1).integers(0, 256, 8 << 20, dtype=np.uint8)
     target = np.zeros_like(source)
