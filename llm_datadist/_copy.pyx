@@ -19,8 +19,9 @@ cdef extern from "stream_copy.h" nogil:
 # deadline is met within a fraction of a millisecond.
 cdef uint64_t CHUNK = 1 << 20
 
-# Plans of so many bytes go past the caches. Below it the target may still be in a cache when it is read next, and a plain
-# copy of warm buffers is faster; above it a stream copy moved 15 to 17 GB/s where a plain one moved 8 to 10 (AMD EPYC).
+# Plans of so many bytes go past the caches. Below it the target may still be in a cache when it is read next, and a
+# plain copy of warm buffers is faster; above it a stream copy moved 15 to 17 GB/s where a plain one moved 8 to 10
+# (one core of an AMD EPYC).
 cdef uint64_t STREAM_FROM = 4 << 20
 
 

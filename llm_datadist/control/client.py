@@ -38,13 +38,24 @@ def request(
     Raises
     ------
     Unreachable
-        The connection is refused or the address has no route: known at once, long before the deadline.
+        The connection is refused, or the address has no route: known at once, long before the deadline. Or this
+        process finalizes.
     NoAnswer
         The deadline passed.
     MessageError
         The answer is no message.
     """
     _probe(host, port, deadline)
+    try:
+        return _exchange(context, host, port, message, deadline)
+    except zmq.ZMQError as error:
+        # The context is terminated under a call that runs while its process finalizes.
+        raise Unreachable(f"cannot ask {host}:{port}: {error.strerror}") from error
+
+
+def _exchange(
+    context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, message: Message, deadline: float
+) -> Message:
     dealer = context.socket(zmq.DEALER)
     try:
         dealer.linger = 0

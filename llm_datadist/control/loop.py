@@ -84,7 +84,6 @@ class ControlLoop:
         try:
             router.linger = 0
             router.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
-            router.setsockopt(zmq.ROUTER_HANDOVER, 1)
             router.bind(f"tcp://{host}:{port}")
         except BaseException:
             router.close()

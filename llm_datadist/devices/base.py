@@ -20,7 +20,13 @@ class DevicePool(Protocol):
     capacity: int
 
     def prepare(self, offset: int, nbytes: int) -> None:
-        """Make a range ready for use, so that the first transfer into it does not pay for that."""
+        """Make a range ready for use, so that the first transfer into it does not pay for that.
+
+        Raises
+        ------
+        OSError
+            The system has no memory for it.
+        """
 
     def memory(self, offset: int, nbytes: int) -> memoryview:
         """Give a range as writable bytes; it stays mapped as long as the view lives."""

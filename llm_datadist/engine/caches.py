@@ -17,6 +17,7 @@ from llm_datadist._directory import Directory, DirectoryFull
 from llm_datadist._local import LocalCache
 from llm_datadist._pool import Pool, PoolExhausted
 from llm_datadist.devices.host import HostPool
+from llm_datadist.engine.failures import failure, invalid
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.status import LLMException, LLMStatusCode
 
@@ -124,14 +125,12 @@ class CacheTable:
             cache_id = self._last_id
             offset = self._take(step * tensors, deadline)
             try:
+                self.device.prepare(offset, step * tensors)
                 held = self._publish(cache_id, offset, step, tensor_nbytes, tensors, slots, keys)
-            except DirectoryFull as error:
+            except (DirectoryFull, OSError) as error:
                 self._pool.free(offset)
-                raise LLMException(
-                    f"allocation failed, error code is {LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY}: {error}",
-                    status_code=LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY,
-                ) from error
-            self.device.prepare(offset, step * tensors)
+                code = LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
+                raise failure("allocation", code, str(error)) from error
             self.by_id[cache_id] = held.local
         first = self.device.address + offset
         return cache_id, [first + index * step for index in range(tensors)]
@@ -292,20 +291,16 @@ class CacheTable:
 
 def _key_is_bound(key: KeyName) -> LLMException:
     kind, number, model_id = key
-    return LLMException(
-        f"allocation failed, error code is {LLMStatusCode.LLM_PARAM_INVALID}: {KeyKind(kind).name.lower()} key"
-        f" {number} of model {model_id} is bound already, remove it first",
-        status_code=LLMStatusCode.LLM_PARAM_INVALID,
-    )
+    name = f"{KeyKind(kind).name.lower()} key {number} of model {model_id}"
+    return invalid("allocation", f"{name} is bound already, remove it first")
 
 
 def _out_of_memory(nbytes: int, error: PoolExhausted) -> LLMException:
-    code = LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
-    return LLMException(
-        f"allocation failed, error code is {code}: wanted {nbytes} bytes, free {error.free}, largest free range"
-        f" {error.largest}; deallocate caches or set ge.flowGraphMemMaxSize to more",
-        status_code=code,
+    reason = (
+        f"wanted {nbytes} bytes, free {error.free}, largest free range {error.largest};"
+        " deallocate caches or set ge.flowGraphMemMaxSize to more"
     )
+    return failure("allocation", LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY, reason)
 
 
 def slots_of_keys(keys: Sequence[KeyName | None]) -> dict[KeyName, int]:

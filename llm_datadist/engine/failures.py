@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llm_datadist._core import Outcome, TransferFault
 from llm_datadist._local import LocalCache
-from llm_datadist.status import LLMException, LLMStatusCode
+from llm_datadist.status import InvalidArgument, LLMException, LLMStatusCode
 
 _CODES = {
     Outcome.KEY_UNKNOWN: LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
@@ -27,7 +27,10 @@ _CODES = {
 
 def failure(call: str, code: LLMStatusCode, reason: str) -> LLMException:
     """Make the exception that reports a failed call."""
-    return LLMException(f"{call} failed, error code is {code}: {reason}", status_code=code)
+    text = f"{call} failed, error code is {code}: {reason}"
+    if code is LLMStatusCode.LLM_PARAM_INVALID:
+        return InvalidArgument(text)
+    return LLMException(text, status_code=code)
 
 
 def invalid(call: str, reason: str) -> LLMException:

@@ -77,7 +77,7 @@ class LinkClient:
             return self._join(cluster, accept, deadline)
         except (NoAnswer, socket.timeout) as error:
             raise LinkRefused(LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT, str(error)) from error
-        except (Unreachable, MessageError, OSError, ValueError, zmq.ZMQError, rendezvous.ForeignProcess) as error:
+        except (Unreachable, MessageError, OSError, ValueError, rendezvous.ForeignProcess) as error:
             raise LinkRefused(LLMStatusCode.LLM_LINK_FAILED, str(error)) from error
 
     def _introduce(self, cluster: ClusterAddress, deadline: float) -> Accept:
@@ -132,7 +132,7 @@ class LinkClient:
         except NoAnswer as error:
             _log.warning("unlink of cluster %d: %s", link.cluster_id, error)
             return LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
-        except (Unreachable, MessageError, zmq.ZMQError) as error:
+        except (Unreachable, MessageError) as error:
             _log.warning("unlink of cluster %d: %s", link.cluster_id, error)
             return LLMStatusCode.LLM_NOTIFY_PROMPT_UNLINK_FAILED
         if isinstance(answer, Unlinked):

@@ -185,3 +185,18 @@ def test_a_pool_beyond_the_memory_of_the_host_is_refused() -> None:
     with pytest.raises(LLMException, match="bytes of host memory are available") as caught:
         HostPool(1 << 50)
     assert caught.value.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
+
+
+def test_an_allocation_that_the_system_has_no_pages_for_leaves_nothing(
+    caches: CacheTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_pages(offset: int, nbytes: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(caches.device, "prepare", no_pages)
+    with pytest.raises(LLMException, match="Cannot allocate memory") as caught:
+        caches.allocate(1, 64, 1, {key(1): 0}, soon())
+    assert caught.value.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
+    monkeypatch.undo()
+    assert caches.statistics()[1:] == (0, POOL, POOL, 0, 0)
+    caches.allocate(1, POOL, 1, {key(1): 0}, soon())

@@ -125,3 +125,24 @@ def test_the_port_is_free_after_stop(free_port: object) -> None:
 
 def test_a_loop_that_never_ran_leaves_nothing() -> None:
     ControlLoop().stop()
+
+
+def test_a_question_ends_when_its_process_finalizes(loop: ControlLoop, free_port: object) -> None:
+    port = free_port()  # type: ignore[operator]
+    asked = threading.Event()
+    loop.listen("127.0.0.1", port, lambda peer, data: asked.set())
+    endings: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            request(loop.context, "127.0.0.1", port, PROBE, in_seconds(30))
+        except Unreachable as error:
+            endings.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert asked.wait(5)
+    loop.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert "cannot ask" in str(endings[0])
