@@ -15,6 +15,9 @@
 
 from libc.stdint cimport uint64_t
 
+from llm_datadist._copy cimport Gate
+from llm_datadist._segment cimport Segment
+
 cdef enum:
     HEADER_BYTES = 4096
     LAYOUT_VERSION = 1
@@ -36,6 +39,8 @@ cdef struct DirectoryHeader:
     uint64_t num_buckets
     uint64_t num_entries
     uint64_t pool_bytes
+    uint64_t pool_address     # in the owner's process: addresses that it hands out are translated with it
+    uint64_t high_water       # entries from here on were never used
     uint64_t ledger_bytes
 
 cdef struct DirectoryEntry:   # 128 bytes, two cache lines
@@ -105,3 +110,65 @@ cdef inline uint64_t bucket_of(uint64_t kind, uint64_t key_id, uint64_t model_id
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL
     return (x ^ (x >> 31)) & (num_buckets - 1)
+
+
+cpdef enum Outcome:
+    """How a one-sided transfer ended; `TransferFault.outcome` holds every one but `DONE`."""
+    DONE = 0
+    KEY_UNKNOWN = 1
+    SLOT_UNKNOWN = 2
+    SOURCE_RANGE = 3          # offset + size beyond the remote slot
+    SOURCE_TENSORS = 4        # remote tensor indices do not exist
+    TENSOR_COUNT = 5          # numbers of tensors differ
+    BLOCK_SIZE = 6            # strides differ
+    SOURCE_BLOCK = 7          # remote block index does not exist
+    CACHE_RELEASED = 8        # the local cache was deallocated
+    TIMED_OUT = 9
+    PEER_DEAD = 10
+    REVOKED = 11              # the peer took the link down while the bytes moved
+    LINK_CLOSED = 12
+    BAD_DIRECTORY = 13        # the peer's directory points outside of its pool
+    NO_MEMORY = 14
+    TARGET_ADDRESS = 15       # an address lies in no cache of the peer, or the bytes would run over its end
+
+
+# Where an entry was found and what was read of it in one consistent look.
+cdef struct Found:
+    DirectoryEntry entry
+    uint64_t index
+    uint64_t hazard
+
+
+cdef class PeerMemory:
+    cdef Segment _pool
+    cdef Segment _directory
+    cdef Segment _ledger
+    cdef Segment _claims
+    cdef const DirectoryHeader *_header
+    cdef const uint64_t *_buckets
+    cdef const DirectoryEntry *_entries
+    cdef LedgerHeader *_hints
+    cdef uint64_t *_leaves
+    cdef LedgerRecord *_records
+    cdef ClaimPage *_claim
+    cdef uint64_t _num_buckets
+    cdef uint64_t _num_entries
+    cdef uint64_t _peer_dead
+    cdef uint64_t _closing
+    cdef uint64_t _running                # transfers inside this object
+
+    cdef Outcome _enter(self) noexcept nogil
+    cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil
+    cdef Outcome _why_stopped(self) noexcept nogil
+    cdef Outcome _claim_key(
+        self, uint64_t kind, uint64_t key_id, uint64_t model_id, const Gate *gate, Found *found
+    ) noexcept nogil
+    cdef Outcome _claim_found(self, Found *found, const Gate *gate) noexcept nogil
+    cdef Outcome _find(
+        self, uint64_t kind, uint64_t key_id, uint64_t model_id, const Gate *gate, Found *found
+    ) noexcept nogil
+    cdef bint _read_entry(self, uint64_t index, DirectoryEntry *out) noexcept nogil
+    cdef bint _is_sound(self, const DirectoryEntry *entry) noexcept nogil
+    cdef bint _is_consumed(self, const Found *found) noexcept nogil
+    cdef bint _take_hazard(self, uint64_t cache_id, const Gate *gate, uint64_t *hazard) noexcept nogil
+    cdef void _drop_hazard(self, uint64_t hazard) noexcept nogil

@@ -1,6 +1,5 @@
 from enum import IntEnum
 
-from llm_datadist._local import BlockPairs, LocalCache
 from llm_datadist._segment import Segment
 
 class Outcome(IntEnum):
@@ -19,6 +18,7 @@ class Outcome(IntEnum):
     LINK_CLOSED = 12
     BAD_DIRECTORY = 13
     NO_MEMORY = 14
+    TARGET_ADDRESS = 15
 
 class TransferFault(Exception):
     outcome: Outcome
@@ -39,32 +39,3 @@ class PeerMemory:
     def begin_close(self) -> bool: ...
     def reopen(self) -> None: ...
     def close(self, deadline_ns: int) -> bool: ...
-    def pull_cache(
-        self,
-        target: LocalCache,
-        kind: int,
-        key_id: int,
-        model_id: int,
-        remote_slot: int,
-        local_slot: int,
-        nbytes: int,
-        source_first: int,
-        source_count: int,
-        target_first: int,
-        target_count: int,
-        source_offset: int,
-        target_offset: int,
-        consume: bool,
-        deadline_ns: int,
-    ) -> None: ...
-    def pull_blocks(
-        self,
-        target: LocalCache,
-        model_id: int,
-        pairs: BlockPairs,
-        source_first: int,
-        source_count: int,
-        target_first: int,
-        target_count: int,
-        deadline_ns: int,
-    ) -> None: ...

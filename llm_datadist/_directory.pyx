@@ -63,13 +63,13 @@ cdef class Directory:
 
     Parameters
     ----------
-    pool_bytes : int
-        Size of the pool segment that the entries refer to.
+    pool_bytes, pool_address : int
+        Size of the pool segment that the entries refer to, and its address in this process.
     num_entries : int
         Most caches and keys that can be published at one time; a power of two up to 2**18.
     """
 
-    def __init__(self, uint64_t pool_bytes, uint64_t num_entries=MAX_ENTRIES):
+    def __init__(self, uint64_t pool_bytes, uint64_t pool_address, uint64_t num_entries=MAX_ENTRIES):
         if num_entries == 0 or num_entries > MAX_ENTRIES or num_entries & (num_entries - 1):
             raise ValueError(f"num_entries is {num_entries}, should be a power of two up to {MAX_ENTRIES}")
         self.num_entries = num_entries
@@ -97,6 +97,7 @@ cdef class Directory:
         header.num_buckets = self._num_buckets
         header.num_entries = num_entries
         header.pool_bytes = pool_bytes
+        header.pool_address = pool_address
         header.ledger_bytes = self.ledger.size
         store_release(&header.magic, directory_magic())
 
@@ -210,6 +211,7 @@ cdef class Directory:
         elif self._fresh < self.num_entries:
             index = self._fresh
             self._fresh += 1
+            store_release(&(<DirectoryHeader *>self.segment.base).high_water, self._fresh)
         else:
             raise DirectoryFull(f"all {self.num_entries} entries of the key directory are in use")
         self.used_entries += 1

@@ -99,6 +99,9 @@ cdef class Segment:
         except BaseException:
             self.close()
             raise
+        # The mapping is all that is needed: with hundreds of links descriptors would run out first.
+        self._fd = -1
+        os.close(fd)
         return self
 
     @property
@@ -108,8 +111,8 @@ cdef class Segment:
 
     def fileno(self) -> int:
         """Descriptor of the memfd, for sending it to a peer; the segment keeps owning it."""
-        if self._closed:
-            raise ValueError("segment is closed")
+        if self._fd < 0:
+            raise ValueError("segment is closed, or was attached and has no descriptor")
         return self._fd
 
     def populate(self, uint64_t offset, uint64_t nbytes):

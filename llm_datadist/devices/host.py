@@ -13,12 +13,14 @@ _PREPARE_SECONDS = 0.25
 
 
 class HostPool:
-    """A pool in shared memory; peers may read it and nothing more.
+    """A pool in shared memory.
 
     Parameters
     ----------
     capacity : int
         Bytes, > 0. Pages are taken from the system when caches are allocated on them, and kept.
+    peers_may_write : bool
+        Whether a peer that it is shared with may push into it.
 
     Raises
     ------
@@ -26,7 +28,7 @@ class HostPool:
         LLM_DEVICE_OUT_OF_MEMORY: the host has less memory available than `capacity`.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, peers_may_write: bool = False) -> None:
         available = _available_bytes()
         if capacity > available:
             raise LLMException(
@@ -35,7 +37,7 @@ class HostPool:
                 status_code=LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY,
             )
         try:
-            self.segment = Segment.create("llm_datadist:pool", capacity, peers_may_write=False)
+            self.segment = Segment.create("llm_datadist:pool", capacity, peers_may_write=peers_may_write)
         except OSError as error:
             raise LLMException(
                 f"cannot reserve a pool of {capacity} bytes: {error}",

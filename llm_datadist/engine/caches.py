@@ -77,7 +77,7 @@ class CacheTable:
 
     def __init__(self, pool: HostPool) -> None:
         self.device = pool
-        self.directory = Directory(pool.capacity)
+        self.directory = Directory(pool.capacity, pool.address)
         self.lock = threading.Lock()
         self.by_id: dict[int, LocalCache] = {}
         self._pool = Pool(pool.capacity)

@@ -12,7 +12,7 @@ from llm_datadist._local import block_pairs
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
-from llm_datadist.engine.failures import failure, invalid, transfer_failure
+from llm_datadist.engine.failures import failure, invalid, push_failure, transfer_failure
 from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, local_tensors, slot_bytes
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress
@@ -59,7 +59,10 @@ class Engine:
         self._timeout_ms = options.sync_kv_timeout_ms
         self._timeout_s = options.sync_kv_timeout_ms / 1000
         self._timeout_ns = options.sync_kv_timeout_ms * 1_000_000
-        pool = HostPool(DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes)
+        pool = HostPool(
+            DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes,
+            peers_may_write=options.role is LLMRole.DECODER or options.enable_switch_role,
+        )
         try:
             self._caches = CacheTable(pool)
         except BaseException:
@@ -72,7 +75,7 @@ class Engine:
             raise
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
         self._links = LinkTable(self._loop, self._caches.forget_peer)
-        self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity))
+        self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity, self._grant))
         self._server: LinkServer | None = None
         try:
             for host, port in options.listen:
@@ -282,6 +285,62 @@ class Engine:
             key = f"the blocks key of model {model_id}"
             raise transfer_failure(call, cluster_id, key, cache, fault, self._timeout_ms) from None
 
+    # ---- pushes
+
+    def push_layer(
+        self,
+        cluster_id: int,
+        cache_id: int,
+        tensors: tuple[int, int],
+        addresses: list[int],
+        src_slot: int | None,
+        src_blocks: list[int] | None,
+        dst_blocks: list[int] | None,
+        block_nbytes: int,
+    ) -> None:
+        """Copy the tensors of one layer to addresses in a decoder's process.
+
+        Parameters
+        ----------
+        cluster_id : int
+            The decoder, which has linked to this process.
+        cache_id : int
+            Local cache.
+        tensors : (int, int)
+            First tensor and number of tensors.
+        addresses : list of int
+            One a tensor: where its slot goes, or where the destination's tensor starts when blocks are given.
+        src_slot : int or None
+            Local slot; not used when blocks are given.
+        src_blocks, dst_blocks : list of int or None
+            Block table: both or none.
+        block_nbytes : int
+            Bytes of a destination block; 0 = those of a source block.
+
+        Raises
+        ------
+        LLMException
+            LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_NOT_YET_LINK, LLM_WAIT_PROCESS_TIMEOUT.
+        """
+        call = "transfer_cache_async"
+        self._require_open(call)
+        pairs = None if src_blocks is None or dst_blocks is None else block_pairs(src_blocks, dst_blocks)
+        cache = self._caches.by_id.get(cache_id)
+        if cache is None:
+            raise _no_cache(call, cache_id)
+        if pairs is not None and block_nbytes not in (0, cache.stride):
+            reason = f"dst_block_memory_size is {block_nbytes}, a source block has {cache.stride} bytes"
+            raise invalid(call, reason)
+        pusher = self._links.pusher(call, cluster_id)
+        deadline_ns = time.monotonic_ns() + self._timeout_ns
+        try:
+            first, count = tensors
+            if count != len(addresses):
+                raise invalid(call, f"{len(addresses)} addresses for {count} tensors")
+            pusher.push(cache, first, addresses, src_slot or 0, pairs, deadline_ns)
+        except TransferFault as fault:
+            raise push_failure(call, cluster_id, cache, fault, self._timeout_ms) from None
+
     # ---- links
 
     def link(self, clusters: Sequence[ClusterAddress], timeout_ms: int) -> LinkResult:
@@ -307,9 +366,9 @@ class Engine:
         self._require_open("describe_links")
         return self._links.describe()
 
-    def _grant(self) -> SharedMemoryGrant:
+    def _grant(self, peer_writes: bool) -> SharedMemoryGrant:
         caches = self._caches
-        return SharedMemoryGrant(caches.device.segment, caches.directory, caches.lock)
+        return SharedMemoryGrant(caches.device.segment, caches.directory, caches.lock, peer_writes=peer_writes)
 
     def _require_open(self, call: str) -> None:
         if not self.is_open or os.getpid() != self._pid:

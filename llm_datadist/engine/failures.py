@@ -22,6 +22,7 @@ _CODES = {
     Outcome.LINK_CLOSED: LLMStatusCode.LLM_NOT_YET_LINK,
     Outcome.BAD_DIRECTORY: LLMStatusCode.LLM_FAILED,
     Outcome.NO_MEMORY: LLMStatusCode.LLM_FAILED,
+    Outcome.TARGET_ADDRESS: LLMStatusCode.LLM_PARAM_INVALID,
 }
 
 
@@ -55,11 +56,34 @@ def transfer_failure(
         Outcome.BLOCK_SIZE: f"block sizes differ: remote {fault.remote_stride} bytes, local {cache.stride} bytes",
         Outcome.SOURCE_BLOCK: f"a prompt block is out of range, the remote cache has {fault.remote_slots} blocks",
         Outcome.CACHE_RELEASED: f"local cache {cache.cache_id} was deallocated",
+        **_link_reasons(cluster_id, timeout_ms),
+    }
+    return failure(call, _CODES[fault.outcome], reasons[fault.outcome])
+
+
+def push_failure(call: str, cluster_id: int, cache: LocalCache, fault: TransferFault, timeout_ms: int) -> LLMException:
+    """Explain a push that failed at the remote side or on the way."""
+    codes = {**_CODES, Outcome.SLOT_UNKNOWN: LLMStatusCode.LLM_PARAM_INVALID}
+    reasons = {
+        Outcome.SLOT_UNKNOWN: f"src_batch_index is out of range, cache {cache.cache_id} has {cache.slots} slots",
+        Outcome.SOURCE_BLOCK: f"a source block is out of range, cache {cache.cache_id} has {cache.slots} blocks",
+        Outcome.SOURCE_TENSORS: f"source layers are out of range, cache {cache.cache_id} has {cache.tensors} tensors",
+        Outcome.CACHE_RELEASED: f"source cache {cache.cache_id} was deallocated",
+        Outcome.TARGET_ADDRESS: (
+            f"an address lies in no cache of cluster {cluster_id}, or the bytes would run over the end of its tensor"
+        ),
+        **_link_reasons(cluster_id, timeout_ms),
+    }
+    return failure(call, codes[fault.outcome], reasons[fault.outcome])
+
+
+def _link_reasons(cluster_id: int, timeout_ms: int) -> dict[Outcome, str]:
+    """Explain what a transfer in either direction can meet on the way."""
+    return {
         Outcome.TIMED_OUT: f"not finished within sync_kv_timeout of {timeout_ms} ms",
         Outcome.PEER_DEAD: f"cluster {cluster_id} is dead or has closed the link: unlink, then link again",
         Outcome.REVOKED: f"cluster {cluster_id} has closed the link during the call: unlink, then link again",
         Outcome.LINK_CLOSED: f"the link to cluster {cluster_id} was taken down during the call",
-        Outcome.BAD_DIRECTORY: f"cluster {cluster_id} names memory outside of its pool under {key}",
+        Outcome.BAD_DIRECTORY: f"cluster {cluster_id} names memory outside of its pool",
         Outcome.NO_MEMORY: "no memory for the transfer's plan",
     }
-    return failure(call, _CODES[fault.outcome], reasons[fault.outcome])

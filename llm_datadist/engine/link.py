@@ -7,7 +7,7 @@ import time
 from typing import NamedTuple
 
 from llm_datadist.engine.link_state import LinkEvent, LinkState, LinkStatus
-from llm_datadist.transports.base import Grant, Puller
+from llm_datadist.transports.base import Grant, Puller, Pusher
 
 _CLOSE_SECONDS = 1.0  # a running copy looks up at least every millisecond
 
@@ -41,11 +41,11 @@ class Link:
         Which run of the remote process it is.
     address : ClusterAddress or None
         What the client linked to; None on the server's side.
-    puller : Puller or None
-        The client's end of the transport.
-    grant : Grant or None
-        The server's end of the transport.
-    connection : socket or None
+    end : Puller or Pusher
+        What this process does to the peer: the client pulls, the server pushes.
+    grant : Grant
+        What the peer may do to the caches of this process.
+    connection : socket
         Kept open as long as the link; the kernel closes it when a process dies.
     """
 
@@ -54,18 +54,18 @@ class Link:
         cluster_id: int,
         token: bytes,
         instance: bytes,
+        end: Puller | Pusher,
+        grant: Grant,
+        connection: socket.socket,
         address: ClusterAddress | None = None,
-        puller: Puller | None = None,
-        grant: Grant | None = None,
-        connection: socket.socket | None = None,
     ) -> None:
         self.cluster_id = cluster_id
         self.token = token
         self.instance = instance
-        self.address = address
-        self.puller = puller
+        self.end = end
         self.grant = grant
         self.connection = connection
+        self.address = address
         self.status = LinkStatus()
         self.status.handle(LinkEvent.SET_UP)
 
@@ -74,47 +74,37 @@ class Link:
         return self.status.state
 
     @property
-    def transport(self) -> str:
-        """Name of the transport that the handshake chose."""
-        end = self.puller or self.grant
-        return end.name if end is not None else "none"
+    def opened_here(self) -> bool:
+        """Whether this process is the client."""
+        return self.address is not None
 
     @property
     def busy(self) -> bool:
-        """Whether a transfer uses the link right now, seen from this side."""
-        end = self.puller or self.grant
-        return end is not None and end.busy
+        """Whether a transfer in either direction uses the link right now."""
+        return self.end.busy or self.grant.busy
 
     def lose_peer(self) -> None:
         """Take in that the peer is gone: running transfers fail at once, its claims no longer hold memory."""
         self.status.handle(LinkEvent.PEER_LOST)
-        if self.puller is not None:
-            self.puller.mark_dead()
-        if self.grant is not None:
-            self.grant.revoke()
+        self.end.mark_dead()
+        self.grant.revoke()
 
     def start_unlink(self) -> bool:
         """Go to UNLINKING and let no new transfer start; False, and nothing changed, if one uses the link."""
-        if self.state is LinkState.LINKED:
-            idle = not self.busy if self.puller is None else self.puller.begin_close()
-            if not idle:
-                return False
+        if self.state is LinkState.LINKED and (self.grant.busy or not self.end.begin_close()):
+            return False
         self.status.handle(LinkEvent.TAKE_DOWN)
         return True
 
     def keep(self) -> None:
         """Take `start_unlink` back: the other side uses the link."""
         self.status.handle(LinkEvent.KEPT)
-        if self.puller is not None:
-            self.puller.reopen()
+        self.end.reopen()
 
     def close(self) -> None:
         """Give up what this side holds. The caller has taken the connection out of the control loop."""
-        if self.puller is not None:
-            self.puller.close(time.monotonic_ns() + int(_CLOSE_SECONDS * 1e9))
-        if self.grant is not None:
-            self.grant.revoke()
-        if self.connection is not None:
-            self.connection.close()
+        self.end.close(time.monotonic_ns() + int(_CLOSE_SECONDS * 1e9))
+        self.grant.revoke()
+        self.connection.close()
         if self.state is LinkState.UNLINKING:
             self.status.handle(LinkEvent.CLOSED)

@@ -67,7 +67,9 @@ class LinkCalls:
         call = "check_link_status"
         link = self._table.get(call, cluster_id)
         if link.busy:
-            raise failure(call, LLMStatusCode.LLM_LINK_BUSY, f"a pull from cluster {cluster_id} is running, try again")
+            raise failure(
+                call, LLMStatusCode.LLM_LINK_BUSY, f"a transfer with cluster {cluster_id} is running, try again"
+            )
         reason = f"cluster {cluster_id} is dead or has closed the link: unlink, then link again"
         if link.state is LinkState.LINKED:
             try:

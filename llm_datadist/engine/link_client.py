@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import time
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import zmq
 
@@ -40,6 +40,10 @@ class Identity(NamedTuple):
     host: str
 
 
+# Makes this side's grant for one link; the argument says whether the peer will push into the pool.
+MakeGrant = Callable[[bool], shared_memory.SharedMemoryGrant]
+
+
 class LinkRefused(Exception):
     """A link was not made; carries the status for the caller."""
 
@@ -56,13 +60,25 @@ def address_text(ip: int) -> str:
 class LinkClient:
     """Speaks to servers over ZeroMQ and, once accepted, over their Unix socket.
 
+    Parameters
+    ----------
+    context : zmq.Context
+        Makes the sockets of requests.
+    identity : Identity
+        Of this process.
+    make_grant : callable
+        Makes what the server may reach.
+
+    Notes
+    -----
     Every method blocks its thread until the answer or the deadline (clock of ``time.monotonic``), and holds no state:
     it may be used from several threads.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], identity: Identity) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], identity: Identity, make_grant: MakeGrant) -> None:
         self._context = context
         self._identity = identity
+        self._make_grant = make_grant
 
     def set_up(self, cluster: ClusterAddress, deadline: float) -> Link:
         """Make a link.
@@ -99,12 +115,14 @@ class LinkClient:
 
     def _join(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Link:
         connection = rendezvous.connect(accept.rendezvous, _left(deadline))
-        puller = None
+        puller = grant = None
         try:
             connection.sendall(accept.token)
             connection.settimeout(_left(deadline))
-            puller = shared_memory.attach(rendezvous.receive_descriptors(connection, shared_memory.NUM_DESCRIPTORS))
-            connection.sendall(rendezvous.MAPPED)
+            granted = rendezvous.receive_descriptors(connection, rendezvous.GRANTED, shared_memory.NUM_DESCRIPTORS)
+            puller = shared_memory.attach_source(granted)
+            grant = self._make_grant(True)
+            grant.send(connection, rendezvous.MAPPED)
             connection.settimeout(_left(deadline))
             if connection.recv(1) != rendezvous.LINKED:
                 raise ConnectionError("the server gave the link up during the handshake")
@@ -112,11 +130,11 @@ class LinkClient:
         except BaseException:
             if puller is not None:
                 puller.close(time.monotonic_ns())
+            if grant is not None:
+                grant.revoke()
             connection.close()
             raise
-        link = Link(
-            cluster.remote_cluster_id, accept.token, accept.instance, cluster, puller=puller, connection=connection
-        )
+        link = Link(cluster.remote_cluster_id, accept.token, accept.instance, puller, grant, connection, cluster)
         link.status.handle(LinkEvent.MADE)
         return link
 

@@ -11,7 +11,6 @@ import logging
 import socket
 import time
 from collections import deque
-from typing import Callable
 
 import zmq
 
@@ -31,7 +30,7 @@ from llm_datadist.control.messages import (
 )
 from llm_datadist.engine.failures import failure
 from llm_datadist.engine.link import Link
-from llm_datadist.engine.link_client import Identity
+from llm_datadist.engine.link_client import Identity, MakeGrant
 from llm_datadist.engine.link_state import LinkEvent
 from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.status import LLMStatusCode
@@ -74,7 +73,7 @@ class LinkServer:
         self,
         loop: ControlLoop,
         identity: Identity,
-        make_grant: Callable[[], shared_memory.SharedMemoryGrant],
+        make_grant: MakeGrant,
         table: LinkTable,
     ) -> None:
         self._loop = loop
@@ -199,8 +198,8 @@ class LinkServer:
         self._loop.unwatch(connection)
         set_up.connection = connection
         try:
-            set_up.grant = self._make_grant()
-            rendezvous.send_descriptors(connection, set_up.grant.descriptors())
+            set_up.grant = self._make_grant(False)
+            set_up.grant.send(connection, rendezvous.GRANTED)
         except OSError as error:
             self._abandon(set_up, f"cannot send descriptors: {error}")
             return
@@ -217,22 +216,22 @@ class LinkServer:
         assert connection is not None
         assert grant is not None
         try:
-            answer = connection.recv(1)
+            granted = rendezvous.receive_descriptors(connection, rendezvous.MAPPED, shared_memory.NUM_DESCRIPTORS)
+            pusher = shared_memory.attach_target(granted)
         except BlockingIOError:
             return
-        except OSError:
-            answer = b""
-        if answer != rendezvous.MAPPED:
-            self._abandon(set_up, "the client gave up")
+        except (OSError, ValueError) as error:
+            self._abandon(set_up, f"the client gave up or is no peer of ours: {error}")
             return
         hello = set_up.hello
         refusal = self._table.admit(hello)  # again: another set-up of the same cluster may have been quicker
         if refusal is not None:
+            pusher.close(time.monotonic_ns())
             self._abandon(set_up, refusal.reason)
             return
         self._loop.unwatch(connection)
         self._end(set_up)
-        link = Link(hello.cluster_id, set_up.token, hello.instance, grant=grant, connection=connection)
+        link = Link(hello.cluster_id, set_up.token, hello.instance, pusher, grant, connection)
         link.status.handle(LinkEvent.MADE)
         # In the table before the client hears of it: its first pull or unlink may come at once.
         self._table.add_accepted(link)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, cast
 
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.control.messages import Hello, Refuse
@@ -13,7 +13,7 @@ from llm_datadist.engine.failures import failure
 from llm_datadist.engine.link import Link
 from llm_datadist.engine.link_state import LinkState
 from llm_datadist.status import LLMStatusCode
-from llm_datadist.transports.base import Puller
+from llm_datadist.transports.base import Puller, Pusher
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -84,17 +84,25 @@ class LinkTable:
 
     def puller(self, call: str, cluster_id: int) -> Puller:
         """Give the pulling end of a link; that of a broken link fails by itself. Raises as `get` does."""
-        puller = self.get(call, cluster_id).puller
-        if puller is None:
+        link = self.get(call, cluster_id)
+        if not link.opened_here:
             reason = f"cluster {cluster_id} has linked to this process, not the other way round"
             raise failure(call, LLMStatusCode.LLM_NOT_YET_LINK, reason)
-        return puller
+        return cast(Puller, link.end)
+
+    def pusher(self, call: str, cluster_id: int) -> Pusher:
+        """Give the pushing end of a link; that of a broken link fails by itself. Raises as `get` does."""
+        link = self.get(call, cluster_id)
+        if link.opened_here:
+            reason = f"this process has linked to cluster {cluster_id}, not the other way round"
+            raise failure(call, LLMStatusCode.LLM_NOT_YET_LINK, reason)
+        return cast(Pusher, link.end)
 
     def describe(self) -> list[LinkDescription]:
         """List every link, also broken ones."""
         with self._lock:
             return [
-                LinkDescription(link.cluster_id, link.state.name, link.transport, link.puller is not None)
+                LinkDescription(link.cluster_id, link.state.name, link.end.name, link.opened_here)
                 for link in self._links.values()
             ]
 
@@ -106,7 +114,7 @@ class LinkTable:
             self._links[link.cluster_id] = link
         self._loop.start()
         self._loop.call(lambda: self._watch_if_open(link))
-        _log.info("linked to cluster %d over %s", link.cluster_id, link.transport)
+        _log.info("linked to cluster %d over %s", link.cluster_id, link.end.name)
 
     def start_unlink(self, link: Link) -> bool:
         """Let no new transfer start on a link; False, and nothing changed, if one uses it."""
@@ -169,17 +177,16 @@ class LinkTable:
         with self._lock:
             self._links[link.cluster_id] = link
         self._watch(link)
-        _log.info("linked by cluster %d over %s", link.cluster_id, link.transport)
+        _log.info("linked by cluster %d over %s", link.cluster_id, link.end.name)
 
     def drop(self, cluster_id: int, token: bytes) -> LLMStatusCode:
         """Take down what a client has unlinked; a token of an earlier link is none of ours."""
         with self._lock:
             link = self._links.get(cluster_id)
-            if link is None or link.token != token or link.grant is None:
+            if link is None or link.token != token or link.opened_here:
                 return LLMStatusCode.LLM_SUCCESS
-            # The client has no transfer running, or it would not ask.
-            if link.state is LinkState.LINKED:
-                link.lose_peer()
+            if link.state is LinkState.LINKED and not link.start_unlink():
+                return LLMStatusCode.LLM_LINK_BUSY  # a push is running
             self._remove(link)
         self._on_peer_gone()
         _log.info("cluster %d has unlinked", cluster_id)
@@ -197,8 +204,7 @@ class LinkTable:
             return
         if self._links.get(link.cluster_id) is link:
             del self._links[link.cluster_id]
-        if link.connection is not None:
-            self._loop.unwatch(link.connection)
+        self._loop.unwatch(link.connection)
         if link.state is not LinkState.UNLINKING:
             link.start_unlink()
         link.close()
@@ -207,7 +213,6 @@ class LinkTable:
 
     def _watch(self, link: Link) -> None:
         connection = link.connection
-        assert connection is not None
         self._loop.watch(connection, lambda: self._on_readable(link, connection))
 
     def _watch_if_open(self, link: Link) -> None:
@@ -236,8 +241,7 @@ class LinkTable:
         """Close every link on this side. The control loop has ended."""
         with self._lock:
             for link in list(self._links.values()):
-                if link.puller is not None:
-                    link.puller.mark_dead()  # ends running pulls
+                link.end.mark_dead()  # ends running transfers
                 if link.state is LinkState.LINKED:
                     link.lose_peer()
                 self._remove(link)

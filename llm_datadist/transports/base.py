@@ -7,33 +7,37 @@ from typing import Protocol
 from llm_datadist._local import BlockPairs, LocalCache
 
 
-class Puller(Protocol):
-    """The pulling end of a link.
+class End(Protocol):
+    """One end of a link: what this process does to its peer.
 
-    Pulls may run in several threads at once. A failed one raises `llm_datadist._core.TransferFault`.
+    Transfers may run in several threads at once. A failed one raises `llm_datadist._core.TransferFault`.
     """
 
     name: str
 
     @property
     def busy(self) -> bool:
-        """Whether a pull is running."""
+        """Whether a transfer of this process is running."""
 
     @property
     def dead(self) -> bool:
         """Whether the peer was found dead."""
 
     def mark_dead(self) -> None:
-        """Let running and later pulls fail at once: the peer is gone."""
+        """Let running and later transfers fail at once: the peer is gone."""
 
     def begin_close(self) -> bool:
-        """Let no new pull start; False, and nothing changed, if one is running."""
+        """Let no new transfer start; False, and nothing changed, if one is running."""
 
     def reopen(self) -> None:
         """Take `begin_close` back."""
 
     def close(self, deadline_ns: int) -> bool:
-        """End running pulls and close; tells whether everything ended by the deadline (monotonic clock)."""
+        """End running transfers and close; tells whether everything ended by the deadline (monotonic clock)."""
+
+
+class Puller(End, Protocol):
+    """The client's end."""
 
     def pull_cache(
         self,
@@ -69,8 +73,23 @@ class Puller(Protocol):
         """Copy blocks of the remote blocks cache of a model into local blocks."""
 
 
+class Pusher(End, Protocol):
+    """The server's end."""
+
+    def push(
+        self,
+        source: LocalCache,
+        source_first: int,
+        addresses: list[int],
+        source_slot: int,
+        pairs: BlockPairs | None,
+        deadline_ns: int,
+    ) -> None:
+        """Copy a slot, or blocks, of local tensors to addresses in the peer's process."""
+
+
 class Grant(Protocol):
-    """The pulled end of a link: what this process lets one peer do to its caches."""
+    """The other end of a link: what this process lets one peer do to its caches."""
 
     name: str
 

@@ -14,9 +14,9 @@ import struct
 TOKEN_BYTES = 16
 
 # One byte each, in this order, on a connection that has sent its token.
-GRANTED = b"G"  # server: the descriptors come with this byte
-MAPPED = b"M"  # client: everything is mapped and checked
-LINKED = b"L"  # server: the link is in its table
+GRANTED = b"G"  # server: its descriptors come with this byte
+MAPPED = b"M"  # client: everything is mapped and checked; its own descriptors come with this byte
+LINKED = b"L"  # server: everything is mapped and checked, the link is in its table
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
@@ -79,13 +79,13 @@ def require_same_user(connection: socket.socket) -> None:
         raise ForeignProcess(f"process {pid} runs as user {uid}, memory is shared with user {os.geteuid()} only")
 
 
-def send_descriptors(connection: socket.socket, descriptors: list[int]) -> None:
-    """Send `GRANTED` together with open descriptors."""
-    socket.send_fds(connection, [GRANTED], descriptors)
+def send_descriptors(connection: socket.socket, step: bytes, descriptors: list[int]) -> None:
+    """Send the byte of a step together with open descriptors."""
+    socket.send_fds(connection, [step], descriptors)
 
 
-def receive_descriptors(connection: socket.socket, count: int) -> list[int]:
-    """Receive `GRANTED` and exactly `count` descriptors, which the caller owns then.
+def receive_descriptors(connection: socket.socket, step: bytes, count: int) -> list[int]:
+    """Receive the byte of a step and exactly `count` descriptors, which the caller owns then.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def receive_descriptors(connection: socket.socket, count: int) -> list[int]:
         The timeout of the socket passed, or the peer closed it or sent something else.
     """
     data, descriptors, _, _ = socket.recv_fds(connection, 1, count, socket.MSG_CMSG_CLOEXEC)
-    if data != GRANTED or len(descriptors) != count:
+    if data != step or len(descriptors) != count:
         for descriptor in descriptors:
             os.close(descriptor)
         raise ConnectionError(f"peer sent {data!r} with {len(descriptors)} descriptors, expected {count}")

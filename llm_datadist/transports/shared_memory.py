@@ -1,31 +1,49 @@
 """Shared memory as a transport: the puller maps the peer's pool and copies by itself.
 
-The owner grants a link by sending four segments: its pool and its directory (read-only for the peer), its ledger, and
-a claim page made for that link alone. From then on a pull needs nothing from the owner's process, not even that it
-runs.
+Each side grants the other four segments: its pool, its directory (read-only for the peer), its ledger, and a claim page
+made for that link alone. The server's pool is read-only for the client, who pulls from it; the client's is writable for
+the server, who pushes into it. From then on a transfer needs nothing from the peer's process, not even that it runs.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import threading
+from typing import TypeVar
 
 from llm_datadist._core import PeerMemory
 from llm_datadist._directory import Claims, Directory
+from llm_datadist._pull import PeerSource
+from llm_datadist._push import PeerTarget
 from llm_datadist._segment import Segment
+from llm_datadist.transports import rendezvous
 
 NAME = "shared_memory"
 NUM_DESCRIPTORS = 4
 
+_End = TypeVar("_End", bound=PeerMemory)
 
-class SharedMemoryPuller(PeerMemory):
-    """The pulling end: a peer's segments, mapped into this process."""
+
+class SharedMemoryPuller(PeerSource):
+    """The client's end: pulls out of the server's pool."""
 
     name = NAME
 
 
-def attach(descriptors: list[int]) -> SharedMemoryPuller:
-    """Map what a peer granted; takes over the descriptors, also when it fails.
+class SharedMemoryPusher(PeerTarget):
+    """The server's end: pushes into the client's pool."""
+
+    name = NAME
+
+
+def attach_source(descriptors: list[int]) -> SharedMemoryPuller:
+    """Map what a server granted; takes over the descriptors, also when it fails. Raises as `attach_target`."""
+    return _attach(SharedMemoryPuller, descriptors, pool_writable=False)
+
+
+def attach_target(descriptors: list[int]) -> SharedMemoryPusher:
+    """Map what a client granted; takes over the descriptors, also when it fails.
 
     Raises
     ------
@@ -34,12 +52,16 @@ def attach(descriptors: list[int]) -> SharedMemoryPuller:
     OSError
         The kernel refuses a mapping.
     """
+    return _attach(SharedMemoryPusher, descriptors, pool_writable=True)
+
+
+def _attach(end: type[_End], descriptors: list[int], *, pool_writable: bool) -> _End:
     left = list(descriptors)
     segments: list[Segment] = []
     try:
-        for writable in (False, False, True, True):
+        for writable in (pool_writable, False, True, True):
             segments.append(Segment.attach(left.pop(0), writable=writable))
-        return SharedMemoryPuller(*segments)
+        return end(*segments)
     except BaseException:
         for segment in segments:
             segment.close()
@@ -49,7 +71,7 @@ def attach(descriptors: list[int]) -> SharedMemoryPuller:
 
 
 class SharedMemoryGrant:
-    """The pulled end: lets one peer map the pool, and honours its claims until it is revoked.
+    """What one peer may reach: lets it map the pool, and honours its claims until it is revoked.
 
     Parameters
     ----------
@@ -59,23 +81,30 @@ class SharedMemoryGrant:
         Caches and keys in that pool.
     lock : threading.Lock
         Guards the directory.
+    peer_writes : bool
+        Whether the peer pushes into the pool; else it gets a descriptor that is open for reading.
     """
 
     name = NAME
 
-    def __init__(self, pool: Segment, directory: Directory, lock: threading.Lock) -> None:
-        self._pool = pool
+    def __init__(self, pool: Segment, directory: Directory, lock: threading.Lock, *, peer_writes: bool) -> None:
         self._directory = directory
         self._lock = lock
+        self._pool = pool
+        self._peer_writes = peer_writes
         self._claims = Claims()
         self._revoked = False
         with lock:
             directory.add_claims(self._claims)
 
-    def descriptors(self) -> list[int]:
-        """Descriptors to send; the grant keeps owning them."""
-        parts = (self._pool, self._directory.segment, self._directory.ledger, self._claims.segment)
-        return [segment.fileno() for segment in parts]
+    def send(self, connection: socket.socket, step: bytes) -> None:
+        """Send the byte of a handshake step, and descriptors of everything that the peer maps."""
+        shared = (self._directory.segment, self._directory.ledger, self._claims.segment)
+        pool = os.dup(self._pool.fileno()) if self._peer_writes else _reopen_for_reading(self._pool.fileno())
+        try:
+            rendezvous.send_descriptors(connection, step, [pool, *(segment.fileno() for segment in shared)])
+        finally:
+            os.close(pool)
 
     @property
     def busy(self) -> bool:
@@ -88,3 +117,8 @@ class SharedMemoryGrant:
             self._revoked = True
             self._directory.drop_claims(self._claims)
         self._claims.close()
+
+
+def _reopen_for_reading(descriptor: int) -> int:
+    """Open a segment again, so that no writable mapping can be made through the new descriptor."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)

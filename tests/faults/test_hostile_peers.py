@@ -116,7 +116,7 @@ def test_a_server_that_sends_wrong_descriptors(members: Members, descriptors: in
         listener.settimeout(3)
         connection, _ = listener.accept()
         assert connection.recv(16) == b"t" * 16
-        rendezvous.send_descriptors(connection, [reading] * descriptors)
+        rendezvous.send_descriptors(connection, rendezvous.GRANTED, [reading] * descriptors)
         assert call.result() == (LLMStatusCode.LLM_LINK_FAILED, [LLMStatusCode.LLM_LINK_FAILED])
         connection.close()
     finally:
@@ -186,7 +186,7 @@ def test_strangers_on_the_unix_socket(pair: Pair) -> None:
             assert stranger.recv(1) == b"", "a stranger gets nothing"
     with rendezvous.connect(accept.rendezvous, 2) as client:
         client.sendall(accept.token)
-        received = rendezvous.receive_descriptors(client, 4)
+        received = rendezvous.receive_descriptors(client, rendezvous.GRANTED, 4)
         for descriptor in received:
             os.close(descriptor)
         client.sendall(b"?")  # not what comes next

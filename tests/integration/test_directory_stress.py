@@ -23,7 +23,7 @@ from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.transports import rendezvous
-from llm_datadist.transports.shared_memory import NUM_DESCRIPTORS, SharedMemoryGrant, SharedMemoryPuller, attach
+from llm_datadist.transports.shared_memory import NUM_DESCRIPTORS, SharedMemoryGrant, SharedMemoryPuller, attach_source
 
 PULLS = 1_000_000
 READERS = 3
@@ -51,7 +51,7 @@ def is_whole(words: Words, number: int) -> bool:
 def read(connection: Connection, address: str, seed: int, pulls: int) -> None:
     """Child: pull random keys and check every word of what arrives."""
     meeting = rendezvous.connect(address, 10)
-    peer = attach(rendezvous.receive_descriptors(meeting, NUM_DESCRIPTORS))
+    peer = attach_source(rendezvous.receive_descriptors(meeting, rendezvous.GRANTED, NUM_DESCRIPTORS))
     memory = Segment.create("test:reader", 2 * SLOT_BYTES, peers_may_write=False)
     target = LocalCache(1, memory.address, SLOT_BYTES, SLOT_BYTES, SLOT_BYTES, 2, 1)
     words = np.frombuffer(memoryview(memory)[: 2 * SLOT_BYTES], np.uint64).reshape(2, WORDS)
@@ -133,8 +133,8 @@ def test_no_torn_read_in_a_million_pulls() -> None:
         for _ in workers:
             meeting, _ = listener.accept()
             rendezvous.require_same_user(meeting)
-            grant = SharedMemoryGrant(pool.segment, caches.directory, caches.lock)
-            rendezvous.send_descriptors(meeting, grant.descriptors())
+            grant = SharedMemoryGrant(pool.segment, caches.directory, caches.lock, peer_writes=False)
+            grant.send(meeting, rendezvous.GRANTED)
             grants.append(grant)
             meetings.append(meeting)
         assert [worker.connection.recv() for worker in workers] == ["ready"] * READERS

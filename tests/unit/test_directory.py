@@ -15,9 +15,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llm_datadist._core import Outcome, PeerMemory, TransferFault
+from llm_datadist._core import Outcome, TransferFault
 from llm_datadist._directory import Claims, Directory, DirectoryFull
 from llm_datadist._local import LocalCache, block_pairs
+from llm_datadist._pull import PeerSource
 from llm_datadist._segment import Segment
 
 ORDINARY, PREFIX, BLOCKS, CACHE = 1, 2, 3, 4
@@ -30,21 +31,21 @@ class Sides:
 
     def __init__(self, num_entries: int = 256, pool_bytes: int = 1 << 20) -> None:
         self.pool = Segment.create("test:pool", pool_bytes, peers_may_write=False)
-        self.directory = Directory(pool_bytes, num_entries)
+        self.directory = Directory(pool_bytes, self.pool.address, num_entries)
         self.claims = Claims()
         self.directory.add_claims(self.claims)
         self.peer = self.attach()
         self.local_memory = Segment.create("test:local", 1 << 20, peers_may_write=False)
         self.local = LocalCache(1, self.local_memory.address, 4096, 4 * SLOT, SLOT, MAX_TENSORS, 4)
 
-    def attach(self) -> PeerMemory:
+    def attach(self) -> PeerSource:
         parts = (
             (self.pool, False),
             (self.directory.segment, False),
             (self.directory.ledger, True),
             (self.claims.segment, True),
         )
-        return PeerMemory(*[Segment.attach(os.dup(part.fileno()), writable=writable) for part, writable in parts])
+        return PeerSource(*[Segment.attach(os.dup(part.fileno()), writable=writable) for part, writable in parts])
 
     def publish(self, cache_id: int, tensors: int = 2, slots: int = 4) -> int:
         """Publish a cache at an offset of its own; every slot starts with its number and the cache's id."""
@@ -344,7 +345,7 @@ def test_segments_that_do_not_fit_together_are_refused() -> None:
         (pool, directory, ledger, small),
     ):
         with pytest.raises(ValueError, match="layout|fit together"):
-            PeerMemory(*parts)
+            PeerSource(*parts)
     small.close()
     sides.close()
 
