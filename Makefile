@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 REQUIRE_PACKAGE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 NATIVE := $(wildcard llm_datadist/*.pyx llm_datadist/*.pxd llm_datadist/include/*.h)
-SOURCES := llm_datadist cluster tools examples tests benchmarks setup.py
+SOURCES := llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help prerequisites setup demo test lint typecheck format bench wheel clean
@@ -63,7 +63,8 @@ typecheck: setup
 	rm -rf build/types
 	mkdir -p build/types/llm_datadist
 	ln -s $(CURDIR)/llm_datadist/* $(CURDIR)/cluster $(CURDIR)/tools $(CURDIR)/examples build/types/llm_datadist/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist
+	ln -s $(CURDIR)/llm_datadist_v1 build/types/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist -p llm_datadist_v1
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -78,4 +79,4 @@ wheel: setup
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find llm_datadist cluster tools examples tests benchmarks \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+	find llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +

@@ -18,6 +18,16 @@ _PREFIX = int(KeyKind.PREFIX)
 _CACHE = int(KeyKind.CACHE)
 
 
+def is_valid_id(number: int) -> bool:
+    """Tell whether an id of a request, prefix or cluster names something; ``2**64 - 1`` does not."""
+    return number != INVALID_ID
+
+
+def is_invalid_id(number: int) -> bool:
+    """Tell whether an id is ``2**64 - 1``, which stands for none."""
+    return number == INVALID_ID
+
+
 class CacheKey:
     """Name of one slot of a cache: of a request, or of a prefix that requests share.
 
@@ -56,7 +66,7 @@ class CacheKey:
         self._req_id = check_uint64("req_id", given["req_id"])
         self._model_id = check_uint64("model_id", given.get("model_id", 0))
         self._prefix_id = check_uint64("prefix_id", given.get("prefix_id", INVALID_ID))
-        has_request, has_prefix = self._req_id != INVALID_ID, self._prefix_id != INVALID_ID
+        has_request, has_prefix = is_valid_id(self._req_id), is_valid_id(self._prefix_id)
         self._is_placeholder = not has_request and not has_prefix
         self._pullable = has_request != has_prefix
         self._name: KeyName = (

@@ -87,10 +87,23 @@ def _parse_listen(options: dict[str, str], num_devices: int) -> list[tuple[int, 
         raise InvalidArgument(
             f"{LISTEN_IP_INFO} {text!r} has {len(entries)} addresses for {num_devices} devices, should be one for each"
         )
-    return [_parse_address(entry) for entry in entries]
+    return [parse_listen_ip_info(entry) for entry in entries]
 
 
-def _parse_address(entry: str) -> tuple[int, int]:
+def switch_listen(options: dict[str, str] | None) -> tuple[str, int]:
+    """Read where a process listens that becomes a PROMPT: one ``ip:port`` in ``llm.listenIpInfo``.
+
+    Raises as `own_cluster` does.
+    """
+    text = None if options is None else option_text(options, LISTEN_IP_INFO)
+    if not text:
+        raise InvalidArgument(f"{LISTEN_IP_INFO} is not in switch_options, a PROMPT needs an address to listen at")
+    ip, port = parse_listen_ip_info(text)
+    return dotted_ip(ip), port
+
+
+def parse_listen_ip_info(entry: str) -> tuple[int, int]:
+    """Read one ``ip:port``; gives the address in integer form and the port, raises as `own_cluster` does."""
     if entry.count(":") != 1:
         raise InvalidArgument(f"{LISTEN_IP_INFO} has the entry {entry!r}, should be ip:port")
     ip, port = entry.split(":")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.link import ClusterAddress
     from llm_datadist.engine.options import EngineOptions
+    from llm_datadist.engine.several_devices import SeveralDevices
 
 _log = logging.getLogger("llm_datadist")
 
@@ -57,7 +58,7 @@ class LLMDataDist:
         check_isinstance("role", role, LLMRole, allow_none=False)
         self._role = role
         self._cluster_id = check_uint64("cluster_id", cluster_id)
-        self._engine: Engine | None = None
+        self._engine: Engine | SeveralDevices | None = None
         self._manager: KvCacheManager | None = None
         self._pid = 0
 
@@ -223,6 +224,50 @@ class LLMDataDist:
         check_uint64("remote_cluster_id", remote_cluster_id)
         engine.check_link(remote_cluster_id)
 
+    # ---- role
+
+    def switch_role(self, role: LLMRole, switch_options: dict[str, str] | None = None) -> None:
+        """Take another role; caches and keys stay as they are.
+
+        A PROMPT stops listening when it becomes something else; keys that are bound then can be pulled again when it is
+        PROMPT again.
+
+        Parameters
+        ----------
+        role : LLMRole
+            The new role.
+        switch_options : dict of str to str, optional
+            To become PROMPT: ``llm.listenIpInfo``, one ``ip:port``. Other entries are ignored, the dictionary stays as
+            it is.
+
+        Raises
+        ------
+        RuntimeError
+            The instance is not initialised, or the address cannot be parsed.
+        TypeError
+            An argument of the wrong type.
+        ValueError
+            The port is no number, or out of range.
+        LLMException
+            LLM_PARAM_INVALID: the role does not change, or the address is missing or malformed.
+            LLM_FEATURE_NOT_ENABLED: ``enable_switch_role`` was not set at init. LLM_EXIST_LINK: links remain.
+            LLM_PROCESSING_LINK: a link or unlink call is running. LLM_FAILED: the address cannot be bound. The role is
+            the old one then.
+        """
+        engine = self._require_engine()
+        check_isinstance("role", role, LLMRole, allow_none=False)
+        if role is engine.role:
+            raise InvalidArgument(f"role not changed: it is {role} already")
+        check_isinstance("switch_options", switch_options, dict)
+        listen = None
+        if role is LLMRole.PROMPT:
+            from llm_datadist.cluster_info_option import switch_listen
+
+            listen = switch_listen(switch_options)
+        engine.switch_role(role, listen)
+        self._role = role
+        self.kv_cache_manager._take_role(role)
+
     # ---- caches
 
     @property
@@ -244,14 +289,18 @@ class LLMDataDist:
         """Whether the instance is initialised; in a forked child that of the parent is not."""
         return self._engine is not None and self._pid == os.getpid()
 
-    def _require_engine(self) -> Engine:
+    def _require_engine(self) -> Engine | SeveralDevices:
         engine = self._engine
         if engine is None or self._pid != os.getpid():
             raise RuntimeError("llm datadist is not initialized")
         return engine
 
 
-def _open_engine(options: EngineOptions) -> Engine:
+def _open_engine(options: EngineOptions) -> Engine | SeveralDevices:
+    if len(options.device_ids) > 1:
+        from llm_datadist.engine.several_devices import SeveralDevices
+
+        return SeveralDevices(options)
     from llm_datadist.engine.engine import Engine
 
     return Engine(options)

@@ -61,6 +61,7 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
     pool_bytes = _pool_bytes(options)
     _refuse_cache_manager(options)
     cluster = own_cluster(role, cluster_id, options)
+    classes = _buf_pool_classes(options)
     engine = EngineOptions(
         role=role,
         cluster_id=cluster.cluster_id,
@@ -68,8 +69,8 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
         listen=cluster.listen,
         enable_switch_role=_enable_switch_role(options),
         sync_kv_timeout_ms=_sync_kv_timeout_ms(options),
-        pool_bytes=pool_bytes,
-        buf_pool_classes=_buf_pool_classes(options),
+        pool_bytes=sum(size_class.total_size for size_class in classes) if classes else pool_bytes,
+        buf_pool_classes=classes,
     )
     return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text})
 
@@ -125,4 +126,14 @@ def _sync_kv_timeout_ms(options: dict[str, str]) -> int:
 
 def _buf_pool_classes(options: dict[str, str]) -> tuple[SizeClass, ...]:
     text = option_text(options, BUF_POOL)
-    return () if text is None else parse_buf_pool(text)
+    if text is None:
+        return ()
+    classes = parse_buf_pool(text)
+    wanted, limit = sum(size_class.total_size for size_class in classes), options.get(MEMORY_SIZE)
+    # The sizes are explicit, so MEMORY_UTILIZATION, the share that a pool without classes takes, has no part in it.
+    if limit is not None and wanted > int(limit):
+        raise InvalidArgument(
+            f"the size classes of {BUF_POOL} take {wanted} bytes together, should be at most {limit}, which is"
+            f" {MEMORY_SIZE}"
+        )
+    return classes

@@ -1,4 +1,4 @@
-"""What a process does with caches: allocate, release, read, pull."""
+"""What a process does with caches: allocate, release, read, pull, transfer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from llm_datadist.cache_desc import CacheDesc, Placement, tensor_nbytes
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, check_blocks_cache_key
 from llm_datadist.kv_cache import CPU_CACHE_ID, KvCache
 from llm_datadist.layer_range import TensorRanges
+from llm_datadist.local_copy_calls import LocalCopyCalls
 from llm_datadist.pull_arguments import (
     PullCacheArguments,
     check_device_cache,
@@ -21,9 +22,11 @@ from llm_datadist.pull_arguments import (
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument
 from llm_datadist.tensor import Tensor, TensorDesc
+from llm_datadist.transfer_call import TransferCall
 
 if TYPE_CHECKING:
     from llm_datadist.engine.engine import Engine
+    from llm_datadist.engine.several_devices import SeveralDevices
 
 MAX_DIMENSIONS = 31
 _ALIGNMENT = 512  # bytes; what a tensor occupies is a multiple of it
@@ -35,7 +38,7 @@ _WHOLE_SLOT = PullCacheArguments(None, None, 0, 0, True)
 _ALL_TENSORS = TensorRanges(None, None)
 
 
-class KvCacheManager:
+class KvCacheManager(LocalCopyCalls, TransferCall):
     """The caches of an initialised instance; given by `LLMDataDist.kv_cache_manager`.
 
     Parameters
@@ -46,11 +49,15 @@ class KvCacheManager:
         Role of the instance.
     """
 
-    def __init__(self, llm_engine: Engine, role: LLMRole) -> None:
-        self._engine = llm_engine
+    def __init__(self, llm_engine: Engine | SeveralDevices, role: LLMRole) -> None:
+        super().__init__(llm_engine)
         self._role = role
         self._initialized = True
         self._pid = os.getpid()
+
+    def _take_role(self, role: LLMRole) -> None:
+        """Enforce another role from now on."""
+        self._role = role
 
     def is_initialized(self) -> bool:
         """Tell whether the instance is initialised; after `LLMDataDist.finalize` it is not."""
@@ -365,10 +372,6 @@ class KvCacheManager:
         """Give up the id of a cache whose handle has died; never blocks. A forked child owns no caches."""
         if self._initialized and self._pid == os.getpid():
             self._engine.deallocate_later(cache_id)
-
-    def _engine_id(self, cache: KvCache) -> int:
-        """Give the id that the engine knows a cache by; caches of another instance get one that it does not know."""
-        return cache._cache_id if cache._manager is self else CPU_CACHE_ID
 
     def _wrong_role(self, function: str, right: str) -> InvalidArgument:
         return InvalidArgument(f"[{function}] is not supported by {self._role.name}, only by {right}")

@@ -61,6 +61,19 @@ class RecordingEngine:
         block_pairs(src_blocks, dst_blocks)  # the engine begins with it too, and refuses what are no block numbers
         self._note("pull_blocks", cluster_id, model_id, cache_id, src_blocks, dst_blocks, *rest)
 
+    def transfer(self, *args: Any) -> str:
+        self._note("transfer", *args)
+        return "job"
+
+    def copy_cache(self, *args: Any) -> None:
+        self._note("copy_cache", *args)
+
+    def copy_blocks(self, *args: Any) -> None:
+        self._note("copy_blocks", *args)
+
+    def swap_blocks(self, *args: Any) -> None:
+        self._note("swap_blocks", *args)
+
     def tensor_memory(self, cache_id: int, tensor_index: int) -> list[memoryview]:
         self._note("tensor_memory", cache_id, tensor_index)
         return []

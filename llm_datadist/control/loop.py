@@ -15,7 +15,9 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Callable, TypeVar
 
 import zmq
 
@@ -25,6 +27,8 @@ _JOIN_SECONDS = 5.0
 
 # A peer that floods the listener must not keep the loop from noticing deaths and deadlines.
 _MESSAGES_A_ROUND = 64
+
+_Answer = TypeVar("_Answer")
 
 
 class ControlLoop:
@@ -71,6 +75,29 @@ class ControlLoop:
             pass  # a wake-up is under way already
         except OSError:
             _log.debug("the control loop is closed, a late call is dropped")
+
+    def ask(self, function: Callable[[], _Answer], seconds: float = 5.0) -> _Answer:
+        """Have the control thread run a function, wait for it, and give its result or raise what it raised.
+
+        Raises
+        ------
+        TimeoutError
+            The thread did not come to it in time; the function may still run later.
+        """
+        answer: Future[_Answer] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self.start()
+        self.call(run)
+        try:
+            return answer.result(seconds)
+        except FutureTimeoutError:
+            raise TimeoutError(f"the control thread did not answer within {seconds} s") from None
 
     def listen(self, host: str, port: int, on_message: Callable[[bytes, bytes], None]) -> None:
         """Bind a ROUTER; `on_message(peer, data)` runs in the control thread. One listener at a time.
@@ -127,6 +154,10 @@ class ControlLoop:
         if self._readers.pop(connection.fileno(), None) is not None and not self._epoll.closed:
             self._epoll.unregister(connection)
 
+    def unlisten(self) -> None:
+        """Close the listener; the loop does so before it waits again."""
+        self._router = self._on_message = None
+
     def at(self, deadline: float, function: Callable[[], None]) -> None:
         """Run a function once ``time.monotonic()`` has passed `deadline`."""
         heapq.heappush(self._timers, (deadline, next(self._order), function))
@@ -148,8 +179,12 @@ class ControlLoop:
         polled: zmq.Socket[bytes] | None = None
         while not self._stopping:
             if self._router is not polled:
+                if polled is not None:
+                    poller.unregister(polled)
+                    polled.close()
                 polled = self._router
-                poller.register(polled, zmq.POLLIN)
+                if polled is not None:
+                    poller.register(polled, zmq.POLLIN)
             poller.poll(self._wait_ms())
             for descriptor, _ in self._epoll.poll(0):
                 self._handle(descriptor)
@@ -159,6 +194,8 @@ class ControlLoop:
                 self._receive(self._router)
             while self._timers and self._timers[0][0] <= time.monotonic():
                 self._guarded(heapq.heappop(self._timers)[2])
+        if polled is not None and polled is not self._router:
+            polled.close()
 
     def _wait_ms(self) -> int | None:
         if self._calls:

@@ -8,7 +8,7 @@ from llm_datadist._segment import Segment
 from llm_datadist.status import LLMException, LLMStatusCode
 
 # Pages are taken in pieces, so that a very large cache cannot hold its caller up; the rest is paid at first touch.
-_PREPARE_PIECE = 64 << 20
+_PREPARE_PIECE = 2 << 20
 _PREPARE_SECONDS = 0.25
 
 
@@ -45,15 +45,17 @@ class HostPool:
             ) from error
         self.address = self.segment.address
         self.capacity = capacity
-        self._prepared = 0
+        self._prepared = bytearray(-(-capacity // _PREPARE_PIECE))  # one byte a piece: 1 once it has its pages
 
     def prepare(self, offset: int, nbytes: int) -> None:
-        end = offset + nbytes
+        end = -(-(offset + nbytes) // _PREPARE_PIECE)
         give_up = time.monotonic() + _PREPARE_SECONDS
-        while self._prepared < end and time.monotonic() < give_up:
-            piece = min(_PREPARE_PIECE, end - self._prepared)
-            self.segment.populate(self._prepared, piece)
-            self._prepared += piece
+        piece = self._prepared.find(0, offset // _PREPARE_PIECE, end)
+        while piece >= 0 and time.monotonic() < give_up:
+            first = piece * _PREPARE_PIECE
+            self.segment.populate(first, min(_PREPARE_PIECE, self.capacity - first))
+            self._prepared[piece] = 1
+            piece = self._prepared.find(0, piece, end)
 
     def memory(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.segment)[offset : offset + nbytes]

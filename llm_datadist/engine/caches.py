@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 from llm_datadist._directory import Directory, DirectoryFull
 from llm_datadist._local import LocalCache
-from llm_datadist._pool import Pool, PoolExhausted
 from llm_datadist.devices.host import HostPool
+from llm_datadist.engine.cache_pool import CachePool, CachePoolExhausted, Extent
 from llm_datadist.engine.failures import failure, invalid
 from llm_datadist.engine.keys import KeyKind, KeyName
+from llm_datadist.engine.options import SizeClass
 from llm_datadist.status import LLMException, LLMStatusCode
-
-ALIGNMENT = 512  # bytes; every tensor of a cache starts at a multiple of it (documented alignment of the API)
 
 _RETIRED_POLL_SECONDS = 0.0005
 
@@ -32,7 +31,7 @@ class PoolStatistics(NamedTuple):
     Attributes
     ----------
     capacity, used, free, largest_free : int
-        Bytes; `largest_free` is the largest cache that fits.
+        Bytes; `largest_free` is the largest free range, of the size class that has it if there are several.
     caches, keys : int
         Caches whose memory is held, and keys bound to them.
     """
@@ -66,6 +65,8 @@ class CacheTable:
     ----------
     pool : HostPool
         The device's memory; the table closes it.
+    classes : sequence of SizeClass
+        Size classes that the pool is cut into; empty for none.
 
     Attributes
     ----------
@@ -75,12 +76,12 @@ class CacheTable:
         Guards the directory and everything in here.
     """
 
-    def __init__(self, pool: HostPool) -> None:
+    def __init__(self, pool: HostPool, classes: Sequence[SizeClass] = ()) -> None:
         self.device = pool
         self.directory = Directory(pool.capacity, pool.address)
         self.lock = threading.Lock()
         self.by_id: dict[int, LocalCache] = {}
-        self._pool = Pool(pool.capacity)
+        self._pool = CachePool(pool.capacity, classes)
         self._held: dict[int, _Held] = {}
         self._keys: dict[KeyName, _Held] = {}
         self._key_of_entry: dict[int, KeyName] = {}
@@ -91,7 +92,7 @@ class CacheTable:
     # ---- holders
 
     def allocate(
-        self, tensors: int, tensor_nbytes: int, slots: int, keys: dict[KeyName, int], deadline: float
+        self, tensors: int, tensor_nbytes: int, slots: int, keys: dict[KeyName, int], deadline: float, cache_id: int = 0
     ) -> tuple[int, list[int]]:
         """Allocate a cache and bind its keys, all or nothing.
 
@@ -103,6 +104,8 @@ class CacheTable:
             Key and the slot that it names.
         deadline : float
             How long to wait for retired memory, on the clock of ``time.monotonic``.
+        cache_id : int
+            Id of the cache, above all earlier ones; 0 = the next one.
 
         Returns
         -------
@@ -115,15 +118,13 @@ class CacheTable:
         LLMException
             LLM_PARAM_INVALID: a key is bound already. LLM_DEVICE_OUT_OF_MEMORY: no room.
         """
-        step = -(-tensor_nbytes // ALIGNMENT) * ALIGNMENT
         with self.lock:
             self._settle()
             for key in keys:
                 if key in self._keys:
                     raise _key_is_bound(key)
-            self._last_id += 1
-            cache_id = self._last_id
-            offset = self._take(step * tensors, deadline)
+            cache_id = self._last_id = cache_id or self._last_id + 1
+            offset, step = self._take(tensors, tensor_nbytes, deadline)
             try:
                 self.device.prepare(offset, step * tensors)
                 held = self._publish(cache_id, offset, step, tensor_nbytes, tensors, slots, keys)
@@ -229,13 +230,13 @@ class CacheTable:
         self._held[cache_id] = held
         return held
 
-    def _take(self, nbytes: int, deadline: float) -> int:
+    def _take(self, tensors: int, tensor_nbytes: int, deadline: float) -> Extent:
         while True:
             try:
-                return self._pool.allocate(nbytes)
-            except PoolExhausted as error:
-                if not self._retired or time.monotonic() >= deadline:
-                    raise _out_of_memory(nbytes, error) from None
+                return self._pool.allocate(tensors, tensor_nbytes)
+            except CachePoolExhausted as error:
+                if error.hopeless or not self._retired or time.monotonic() >= deadline:
+                    raise failure("allocation", LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY, str(error)) from None
             # Peers finish their copies within moments; they take no lock of ours.
             time.sleep(_RETIRED_POLL_SECONDS)
             self._settle()
@@ -293,14 +294,6 @@ def _key_is_bound(key: KeyName) -> LLMException:
     kind, number, model_id = key
     name = f"{KeyKind(kind).name.lower()} key {number} of model {model_id}"
     return invalid("allocation", f"{name} is bound already, remove it first")
-
-
-def _out_of_memory(nbytes: int, error: PoolExhausted) -> LLMException:
-    reason = (
-        f"wanted {nbytes} bytes, free {error.free}, largest free range {error.largest};"
-        " deallocate caches or set ge.flowGraphMemMaxSize to more"
-    )
-    return failure("allocation", LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY, reason)
 
 
 def slots_of_keys(keys: Sequence[KeyName | None]) -> dict[KeyName, int]:

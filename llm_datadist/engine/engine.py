@@ -12,7 +12,7 @@ from llm_datadist._local import block_pairs
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
-from llm_datadist.engine.failures import failure, invalid, push_failure, transfer_failure
+from llm_datadist.engine.failures import failure, invalid, no_cache, push_failure, transfer_failure
 from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, local_tensors, slot_bytes
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress
@@ -20,9 +20,11 @@ from llm_datadist.engine.link_calls import LinkCalls, LinkResult
 from llm_datadist.engine.link_client import Identity, LinkClient
 from llm_datadist.engine.link_server import LinkServer
 from llm_datadist.engine.link_table import LinkDescription, LinkTable
+from llm_datadist.engine.local_copies import LocalCopies
 from llm_datadist.engine.options import EngineOptions
+from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
 from llm_datadist.roles import LLMRole
-from llm_datadist.status import LLMException, LLMStatusCode
+from llm_datadist.status import LLMStatusCode
 from llm_datadist.transports.rendezvous import host_identity
 from llm_datadist.transports.shared_memory import SharedMemoryGrant
 
@@ -43,28 +45,23 @@ class Engine:
     ------
     LLMException
         LLM_DEVICE_OUT_OF_MEMORY: the pool cannot be reserved. LLM_FAILED: the listen address cannot be bound.
-        LLM_FEATURE_NOT_ENABLED: several devices. Nothing is left open.
+        Nothing is left open.
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        if len(options.device_ids) != 1:
-            raise failure(
-                "init",
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                f"one process drives one device, device_id lists {len(options.device_ids)}",
-            )
         self.role = options.role
         self.is_open = True
         self._pid = os.getpid()
         self._timeout_ms = options.sync_kv_timeout_ms
         self._timeout_s = options.sync_kv_timeout_ms / 1000
         self._timeout_ns = options.sync_kv_timeout_ms * 1_000_000
+        self._transfers = TransferJobs()
         pool = HostPool(
             DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes,
             peers_may_write=options.role is LLMRole.DECODER or options.enable_switch_role,
         )
         try:
-            self._caches = CacheTable(pool)
+            self._caches = CacheTable(pool, options.buf_pool_classes)
         except BaseException:
             pool.close()
             raise
@@ -73,14 +70,16 @@ class Engine:
         except BaseException:
             self._caches.close()
             raise
+        self._copies = LocalCopies([self._caches], self._timeout_ms)
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
         self._links = LinkTable(self._loop, self._caches.forget_peer)
         self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity, self._grant))
+        self._identity = identity
+        self._may_switch = options.enable_switch_role
         self._server: LinkServer | None = None
         try:
             for host, port in options.listen:
-                self._server = LinkServer(self._loop, identity, self._grant, self._links)
-                self._server.start(host, port)
+                self._server = self._listen(host, port)
         except BaseException:
             self.close()
             raise
@@ -92,11 +91,13 @@ class Engine:
         self.is_open = False
         if os.getpid() != self._pid:
             return  # a forked child: threads and sockets are the parent's
+        self._transfers.close(self._timeout_s)  # no push takes longer
         self._loop.stop()
         if self._server is not None:
             self._server.close()
         self._links.close()
-        self._caches.close()
+        if self._copies.close():
+            self._caches.close()
 
     # ---- caches
 
@@ -107,6 +108,7 @@ class Engine:
         slots: int,
         keys: Sequence[KeyName | None] = (),
         blocks_model: int | None = None,
+        cache_id: int = 0,
     ) -> tuple[int, list[list[int]]]:
         """Allocate a cache and bind its keys, all or nothing.
 
@@ -118,6 +120,8 @@ class Engine:
             Key of each slot.
         blocks_model : int or None
             Model whose blocks cache this is; None for a cache without that key.
+        cache_id : int
+            Id of the cache, above all earlier ones; 0 = the next one.
 
         Returns
         -------
@@ -138,7 +142,7 @@ class Engine:
         if blocks_model is not None:
             bound[(int(KeyKind.BLOCKS), 0, blocks_model)] = 0
         deadline = time.monotonic() + self._timeout_s
-        cache_id, addresses = self._caches.allocate(num_tensors, tensor_nbytes, slots, bound, deadline)
+        cache_id, addresses = self._caches.allocate(num_tensors, tensor_nbytes, slots, bound, deadline, cache_id)
         return cache_id, [addresses]
 
     def deallocate(self, cache_id: int) -> None:
@@ -161,7 +165,7 @@ class Engine:
         self._require_open("get_cache_tensors")
         found = self._caches.tensor_range(cache_id, tensor_index)
         if found is None:
-            raise _no_cache("get_cache_tensors", cache_id)
+            raise no_cache("get_cache_tensors", cache_id)
         return [self._caches.device.memory(*found)]
 
     def statistics(self) -> PoolStatistics:
@@ -212,7 +216,7 @@ class Engine:
         self._require_open(call)
         cache = self._caches.by_id.get(cache_id)
         if cache is None:
-            raise _no_cache(call, cache_id)
+            raise no_cache(call, cache_id)
         local_slot(call, cache, batch_index)
         dst_first, dst_count = local_tensors(call, cache, dst_tensors)
         size = slot_bytes(call, cache, dst_offset, size)
@@ -265,7 +269,7 @@ class Engine:
         pairs = block_pairs(src_blocks, dst_blocks)
         cache = self._caches.by_id.get(cache_id)
         if cache is None:
-            raise _no_cache(call, cache_id)
+            raise no_cache(call, cache_id)
         local_blocks(call, cache, pairs)
         dst_first, dst_count = local_tensors(call, cache, dst_tensors)
         puller = self._links.puller(call, cluster_id)
@@ -327,7 +331,7 @@ class Engine:
         pairs = None if src_blocks is None or dst_blocks is None else block_pairs(src_blocks, dst_blocks)
         cache = self._caches.by_id.get(cache_id)
         if cache is None:
-            raise _no_cache(call, cache_id)
+            raise no_cache(call, cache_id)
         if pairs is not None and block_nbytes not in (0, cache.stride):
             reason = f"dst_block_memory_size is {block_nbytes}, a source block has {cache.stride} bytes"
             raise invalid(call, reason)
@@ -341,6 +345,41 @@ class Engine:
         except TransferFault as fault:
             raise push_failure(call, cluster_id, cache, fault, self._timeout_ms) from None
 
+    def transfer(self, transfer: LayerTransfer, synchronize_layer: SynchronizeLayer, source: object) -> TransferJob:
+        """Begin to send a cache layer by layer in the background; see ``KvCacheManager.transfer_cache_async``.
+
+        `source` is the handle of the cache; it is kept alive until the transfer has ended.
+        """
+        self._require_open("transfer_cache_async")
+        return self._transfers.start(transfer, synchronize_layer, self.push_layer, source)
+
+    # ---- copies inside the process
+
+    def copy_cache(
+        self, dst_cache_id: int, src_cache_id: int, dst_slot: int, src_slot: int, offset: int, size: int
+    ) -> None:
+        """Copy one slot, or a part of it, into a slot of a local cache; see `LocalCopies.copy_cache`."""
+        self._require_open("copy_cache")
+        self._copies.copy_cache(dst_cache_id, src_cache_id, dst_slot, src_slot, offset, size)
+
+    def copy_blocks(self, cache_id: int, src_blocks: list[int], dst_blocks: list[int]) -> None:
+        """Copy blocks inside a local cache, one pair after the other; see `LocalCopies.copy_blocks`."""
+        self._require_open("copy_blocks")
+        self._copies.copy_blocks(cache_id, src_blocks, dst_blocks)
+
+    def swap_blocks(
+        self,
+        cache_id: int,
+        host_addresses: list[list[int]],
+        block_nbytes: int,
+        src_blocks: list[int],
+        dst_blocks: list[int],
+        swap_in: bool,
+    ) -> None:
+        """Copy blocks between a local cache and host memory; see `LocalCopies.swap_blocks`."""
+        self._require_open("swap_blocks")
+        self._copies.swap_blocks(cache_id, host_addresses, block_nbytes, src_blocks, dst_blocks, swap_in)
+
     # ---- links
 
     def link(self, clusters: Sequence[ClusterAddress], timeout_ms: int) -> LinkResult:
@@ -352,6 +391,52 @@ class Engine:
         """Take links down; see ``LLMDataDist.unlink_clusters``."""
         self._require_open("unlink_clusters")
         return self._calls.unlink(clusters, timeout_ms, force, self.role, num_devices=1)
+
+    def switch_role(self, role: LLMRole, listen: tuple[str, int] | None) -> None:
+        """Take another role; caches and keys stay. See ``LLMDataDist.switch_role``.
+
+        Parameters
+        ----------
+        role : LLMRole
+            Another one than now.
+        listen : (str, int) or None
+            Where a PROMPT listens.
+
+        Raises
+        ------
+        LLMException
+            LLM_FEATURE_NOT_ENABLED, LLM_EXIST_LINK, LLM_PROCESSING_LINK; LLM_FAILED: the address cannot be bound. The
+            role stays as it was then.
+        """
+        call = "switch_role"
+        self._require_open(call)
+        if not self._may_switch:
+            reason = "set enable_switch_role (llm.EnableSwitchRole) at init"
+            raise failure(call, LLMStatusCode.LLM_FEATURE_NOT_ENABLED, reason)
+        self._calls.exclude(call, lambda: self._switch(call, role, listen))
+
+    def _switch(self, call: str, role: LLMRole, listen: tuple[str, int] | None) -> None:
+        # Links are accepted in the control thread: seen from there, none can appear between the look and the switch.
+        def leave() -> None:
+            if len(self._links):
+                reason = f"{len(self._links)} links exist, unlink them all first"
+                raise failure(call, LLMStatusCode.LLM_EXIST_LINK, reason)
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+
+        try:
+            self._loop.ask(leave)
+        except TimeoutError as error:
+            raise failure(call, LLMStatusCode.LLM_FAILED, str(error)) from error
+        if listen is not None:
+            self._server = self._listen(*listen)
+        self.role = role
+
+    def _listen(self, host: str, port: int) -> LinkServer:
+        server = LinkServer(self._loop, self._identity, self._grant, self._links)
+        server.start(host, port)
+        return server
 
     def check_link(self, remote_cluster_id: int) -> None:
         """Ask the peer whether a link is whole; see ``LLMDataDist.check_link_status``."""
@@ -374,12 +459,6 @@ class Engine:
         if not self.is_open or os.getpid() != self._pid:
             reason = "the engine is finalized" if not self.is_open else "the engine belongs to the process that forked"
             raise failure(call, LLMStatusCode.LLM_FAILED, reason)
-
-
-def _no_cache(call: str, cache_id: int) -> LLMException:
-    return failure(
-        call, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"local cache {cache_id} does not exist or was deallocated"
-    )
 
 
 def _key_text(key: KeyName) -> str:

@@ -39,6 +39,12 @@ def invalid(call: str, reason: str) -> LLMException:
     return failure(call, LLMStatusCode.LLM_PARAM_INVALID, reason)
 
 
+def no_cache(call: str, cache_id: int) -> LLMException:
+    """Make the exception for a local cache whose id is not held."""
+    reason = f"local cache {cache_id} does not exist or was deallocated"
+    return failure(call, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, reason)
+
+
 def transfer_failure(
     call: str, cluster_id: int, key: str, cache: LocalCache, fault: TransferFault, timeout_ms: int
 ) -> LLMException:

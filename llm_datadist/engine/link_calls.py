@@ -50,7 +50,7 @@ class LinkCalls:
         call = "link_clusters"
         if role is not LLMRole.DECODER:
             return _refused(LLMStatusCode.LLM_PARAM_INVALID, call, f"role is {role}, only DECODER links")
-        refusal = _check_clusters(call, clusters, num_devices) or _check_local_addresses(call, clusters)
+        refusal = check_clusters(call, clusters, num_devices) or check_local_addresses(call, clusters)
         return refusal or self._one_at_a_time(call, lambda: self._link(clusters, deadline))
 
     def unlink(
@@ -59,7 +59,7 @@ class LinkCalls:
         """Take links down; see ``LLMDataDist.unlink_clusters`` for the answers."""
         deadline = time.monotonic() + timeout_ms / 1000
         call = "unlink_clusters"
-        refusal = _check_clusters(call, clusters, num_devices)
+        refusal = check_clusters(call, clusters, num_devices)
         return refusal or self._one_at_a_time(call, lambda: self._unlink(clusters, deadline, force, role))
 
     def check(self, cluster_id: int, timeout_ms: int) -> None:
@@ -84,6 +84,21 @@ class LinkCalls:
             return _refused(LLMStatusCode.LLM_PROCESSING_LINK, call, "another link or unlink call is running")
         try:
             return run()
+        finally:
+            self._running.release()
+
+    def exclude(self, call: str, run: Callable[[], None]) -> None:
+        """Run something that no link or unlink call may run beside.
+
+        Raises
+        ------
+        LLMException
+            LLM_PROCESSING_LINK: one is running.
+        """
+        if not self._running.acquire(blocking=False):
+            raise failure(call, LLMStatusCode.LLM_PROCESSING_LINK, "a link or unlink call is running, try again")
+        try:
+            run()
         finally:
             self._running.release()
 
@@ -171,7 +186,7 @@ def _refused(code: LLMStatusCode, call: str, reason: str) -> LinkResult:
     return code, []
 
 
-def _check_clusters(call: str, clusters: Sequence[ClusterAddress], num_devices: int) -> LinkResult | None:
+def check_clusters(call: str, clusters: Sequence[ClusterAddress], num_devices: int) -> LinkResult | None:
     """Refuse a call whose clusters cannot be meant; None if they can."""
     invalid = LLMStatusCode.LLM_PARAM_INVALID
     if not clusters:
@@ -190,7 +205,8 @@ def _check_clusters(call: str, clusters: Sequence[ClusterAddress], num_devices: 
     return None
 
 
-def _check_local_addresses(call: str, clusters: Sequence[ClusterAddress]) -> LinkResult | None:
+def check_local_addresses(call: str, clusters: Sequence[ClusterAddress]) -> LinkResult | None:
+    """Refuse a call whose clusters name different local addresses; None if they do not."""
     for cluster in clusters:
         if _ips(cluster.local) != _ips(clusters[0].local):
             first, other = clusters[0].remote_cluster_id, cluster.remote_cluster_id

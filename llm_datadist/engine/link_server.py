@@ -91,24 +91,26 @@ class LinkServer:
         Raises
         ------
         LLMException
-            LLM_FAILED: the address cannot be bound.
+            LLM_FAILED: the address cannot be bound; nothing is left open.
         """
         try:
             self._loop.listen(host, port, self.on_message)
         except zmq.ZMQError as error:
+            self._listener.close()
             reason = f"cannot listen on {host}:{port} ({error.strerror}), choose a free port"
-            raise failure("init", LLMStatusCode.LLM_FAILED, reason) from error
+            raise failure("listening", LLMStatusCode.LLM_FAILED, reason) from error
         self._loop.call(lambda: self._loop.watch(self._listener, self._on_connection))
 
     def close(self) -> None:
-        """Give up what is under way; the loop has ended."""
+        """Stop listening and give up what is under way; in the control thread, or when it has ended."""
+        self._loop.unlisten()
+        self._loop.unwatch(self._listener)
         self._listener.close()
-        for connection in self._strangers:
-            connection.close()
-        self._strangers.clear()
+        for connection in list(self._strangers):
+            self._forget_stranger(connection)
+        self._waiting.clear()  # first, or they would take the places that come free
         for set_up in list(self._set_ups.values()):
             self._abandon(set_up, "the server stops")
-        self._waiting.clear()
 
     # ---- messages
 
@@ -134,11 +136,15 @@ class LinkServer:
 
     def _on_hello(self, peer: bytes, hello: Hello) -> None:
         deadline = time.monotonic() + min(max(hello.timeout_ms, 1), 2**31) / 1000
-        if len(self._set_ups) >= MAX_SET_UPS:
+        if not self._has_place():
             if len(self._waiting) < _MAX_WAITING:
                 self._waiting.append((peer, hello, deadline))
             return
         self._start(peer, hello, deadline)
+
+    def _has_place(self) -> bool:
+        """Whether a set-up may start: every one under way must be able to end in a link, so that none fails late."""
+        return not self._set_ups or len(self._set_ups) < min(MAX_SET_UPS, self._table.room())
 
     def _start(self, peer: bytes, hello: Hello, deadline: float) -> None:
         refusal = self._check(hello)
@@ -230,11 +236,11 @@ class LinkServer:
             self._abandon(set_up, refusal.reason)
             return
         self._loop.unwatch(connection)
-        self._end(set_up)
         link = Link(hello.cluster_id, set_up.token, hello.instance, pusher, grant, connection)
         link.status.handle(LinkEvent.MADE)
         # In the table before the client hears of it: its first pull or unlink may come at once.
         self._table.add_accepted(link)
+        self._end(set_up)
         try:
             connection.send(rendezvous.LINKED)
         except OSError:
@@ -255,7 +261,7 @@ class LinkServer:
 
     def _end(self, set_up: _SetUp) -> None:
         del self._set_ups[set_up.token]
-        while self._waiting and len(self._set_ups) < MAX_SET_UPS:
+        while self._waiting and self._has_place():
             peer, hello, deadline = self._waiting.popleft()
             if deadline > time.monotonic():
                 self._start(peer, hello, deadline)

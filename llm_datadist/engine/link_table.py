@@ -19,8 +19,6 @@ _log = logging.getLogger("llm_datadist.link")
 
 MAX_LINKS = 512  # of one process, documented
 
-_LOOP_SECONDS = 5.0
-
 
 class LinkDescription(NamedTuple):
     """What a link is made of, for logs and people.
@@ -134,30 +132,30 @@ class LinkTable:
         LLMException
             LLM_FAILED: the control thread does not answer.
         """
-        done = threading.Event()
 
         def close() -> None:
-            try:
-                with self._lock:
-                    self._remove(link)
-                self._on_peer_gone()
-            finally:
-                done.set()
+            with self._lock:
+                self._remove(link)
+            self._on_peer_gone()
 
-        self._loop.start()
-        self._loop.call(close)
-        if not done.wait(_LOOP_SECONDS):
-            raise failure("unlink_clusters", LLMStatusCode.LLM_FAILED, "the control thread does not answer")
+        try:
+            self._loop.ask(close)
+        except TimeoutError as error:
+            raise failure("unlink_clusters", LLMStatusCode.LLM_FAILED, str(error)) from error
 
     # ---- links that clients open and close: in the control thread
+
+    def room(self) -> int:
+        """Tell how many more clients may link."""
+        with self._lock:
+            return self._room()
 
     def admit(self, hello: Hello) -> Refuse | None:
         """Say why a client must be refused, or None; a link that the new one replaces is closed."""
         with self._lock:
             old = self._links.get(hello.cluster_id)
             if old is None:
-                alive = sum(1 for link in self._links.values() if link.state is not LinkState.BROKEN)
-                if alive >= MAX_LINKS:
+                if self._room() <= 0:
                     return Refuse(LLMStatusCode.LLM_PARAM_INVALID, f"{MAX_LINKS} links exist, no more are possible")
                 return None
             if old.state is not LinkState.BROKEN and old.instance != hello.instance:
@@ -197,6 +195,9 @@ class LinkTable:
         with self._lock:
             link = self._links.get(cluster_id)
             return link is not None and link.token == token and link.state is LinkState.LINKED
+
+    def _room(self) -> int:
+        return MAX_LINKS - sum(1 for link in self._links.values() if link.state is not LinkState.BROKEN)
 
     def _remove(self, link: Link) -> None:
         """Close a link and forget it, unless that was done before. With the lock held, in the control thread."""

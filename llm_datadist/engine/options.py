@@ -9,7 +9,17 @@ from llm_datadist.roles import LLMRole
 
 @dataclass(frozen=True)
 class SizeClass:
-    """One entry of ``llm.BufPoolCfg``, in bytes."""
+    """One entry of ``llm.BufPoolCfg``, in bytes.
+
+    Attributes
+    ----------
+    total_size : int
+        Memory of the class, a multiple of 2 MiB.
+    blk_size : int
+        Unit that buffers are rounded up to, a power of two.
+    max_buf_size : int
+        Largest single buffer, that is, tensor of a cache.
+    """
 
     total_size: int
     blk_size: int
@@ -31,7 +41,7 @@ class EngineOptions:
     sync_kv_timeout_ms : int
         Deadline of pulls and of calls on caches, > 0.
     pool_bytes : int or None
-        Size of the pool; None = default.
+        Size of the pool; None = default. With size classes: the sum of their `total_size`.
     enable_switch_role : bool
         Whether the role may change later.
     buf_pool_classes : tuple of SizeClass

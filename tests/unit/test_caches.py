@@ -10,7 +10,8 @@ import pytest
 
 from llm_datadist._directory import Claims
 from llm_datadist.devices.host import HostPool
-from llm_datadist.engine.caches import ALIGNMENT, CacheTable
+from llm_datadist.engine.cache_pool import ALIGNMENT
+from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.status import LLMException, LLMStatusCode
 

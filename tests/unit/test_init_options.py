@@ -279,6 +279,17 @@ def pool(*classes: tuple[Any, Any, Any]) -> str:
 def test_the_documented_size_classes_are_accepted() -> None:
     engine = read(llm__BufPoolCfg=pool(*EXAMPLE)).engine
     assert engine.buf_pool_classes == tuple(SizeClass(*sizes) for sizes in EXAMPLE)
+    assert engine.pool_bytes == sum(total for total, _, _ in EXAMPLE)
+
+
+def test_size_classes_must_fit_into_the_memory_limit() -> None:
+    wanted = sum(total for total, _, _ in EXAMPLE)
+    assert read(llm__BufPoolCfg=pool(*EXAMPLE), ge__flowGraphMemMaxSize=str(wanted)).engine.pool_bytes == wanted
+    refused(
+        f"llm.BufPoolCfg take {wanted} .* at most {wanted - 1}, which is ge.flowGraphMemMaxSize",
+        llm__BufPoolCfg=pool(*EXAMPLE),
+        ge__flowGraphMemMaxSize=str(wanted - 1),
+    )
 
 
 MIB = 1 << 20

@@ -30,6 +30,13 @@ NAMES = {
     "BlocksCacheKey",
     "LLMDataDist",
     "Placement",
+    "LayerSynchronizer",
+    "TransferConfig",
+    "CacheTask",
+    "TransferWithCacheKeyConfig",
+    "RegisterMemStatus",
+    "Memtype",
+    "MemInfo",
 }
 
 

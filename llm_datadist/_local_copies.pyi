@@ -1,0 +1,33 @@
+from enum import IntEnum
+
+from llm_datadist._local import BlockPairs, LocalCache
+
+class LocalOutcome(IntEnum):
+    DONE = 0
+    CACHE_RELEASED = 1
+    TIMED_OUT = 2
+    CLOSED = 3
+
+class LocalCopier:
+    def __init__(self, threads: int) -> None: ...
+    def close(self, deadline_ns: int) -> bool: ...
+    def copy_slot(
+        self,
+        targets: list[LocalCache],
+        sources: list[LocalCache],
+        target_slot: int,
+        source_slot: int,
+        offset: int,
+        nbytes: int,
+        deadline_ns: int,
+    ) -> LocalOutcome: ...
+    def copy_blocks(self, caches: list[LocalCache], pairs: BlockPairs, deadline_ns: int) -> LocalOutcome: ...
+    def swap_blocks(
+        self,
+        caches: list[LocalCache],
+        host: list[list[int]],
+        pairs: BlockPairs,
+        block_nbytes: int,
+        swap_in: bool,
+        deadline_ns: int,
+    ) -> LocalOutcome: ...

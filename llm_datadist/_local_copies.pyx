@@ -1,0 +1,299 @@
+"""Copies inside one process: between slots and blocks of its caches, and between them and host memory of its caller.
+
+A large copy is shared out over threads by tensors. Within a tensor the runs are carried out one after the other, so a
+block that an earlier pair wrote can be the source of a later one.
+"""
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport uint64_t
+
+from llm_datadist._atomics cimport exchange, fetch_add, fetch_sub, load_acquire, monotonic_ns
+from llm_datadist._copy cimport COPIED, COPY_TIMED_OUT, CopyOutcome, Gate, Plan, Run, execute, join_run
+from llm_datadist._local cimport BlockPairs, LocalCache
+
+cdef extern from "pthread.h" nogil:
+    ctypedef struct pthread_attr_t:
+        pass
+    ctypedef unsigned long pthread_t
+    int pthread_create(
+        pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *) noexcept nogil, void *argument
+    )
+    int pthread_join(pthread_t thread, void **result)
+
+cdef extern from "unistd.h" nogil:
+    int usleep(unsigned microseconds)
+
+cdef enum:
+    MAX_THREADS = 16          # a few cores fill the memory bus
+    SHARE_BYTES = 4 << 20     # a thread with less to copy costs more than it brings
+
+
+cpdef enum LocalOutcome:
+    """How a copy inside the process ended."""
+    DONE = 0
+    CACHE_RELEASED = 1        # a cache was deallocated
+    TIMED_OUT = 2
+    CLOSED = 3                # the copier was closed
+
+
+cdef struct Share:
+    Plan plan
+    const Gate *gate
+    CopyOutcome outcome
+
+
+cdef class LocalCopier:
+    """Carries out copies between memory of this process; safe to use from many threads.
+
+    Caches are given as lists of `LocalCache`, one a device, all of the same shape. The callers have checked every slot
+    and every offset.
+
+    Parameters
+    ----------
+    threads : int
+        Threads that one copy may use, the caller's included.
+    """
+
+    cdef uint64_t _threads
+    cdef uint64_t _closing
+    cdef uint64_t _running
+
+    def __init__(self, uint64_t threads):
+        self._threads = min(max(threads, <uint64_t>1), <uint64_t>MAX_THREADS)
+
+    def close(self, uint64_t deadline_ns):
+        """Let no copy start, end the running ones with `CLOSED`; tells whether all have ended by the deadline."""
+        cdef bint idle
+        exchange(&self._closing, 1)
+        with nogil:
+            while True:
+                idle = load_acquire(&self._running) == 0
+                if idle or monotonic_ns() > deadline_ns:
+                    break
+                usleep(20)
+        return idle
+
+    def copy_slot(
+        self, list targets not None, list sources not None, uint64_t target_slot, uint64_t source_slot, uint64_t offset,
+        uint64_t nbytes, uint64_t deadline_ns,
+    ):
+        """Copy bytes of one slot into one slot of a cache with as many tensors, tensor by tensor.
+
+        Parameters
+        ----------
+        targets, sources : list of LocalCache
+            They may be the same.
+        offset, nbytes : int
+            The bytes, inside of both slots.
+        deadline_ns : int
+            On the clock of ``time.monotonic_ns``.
+        """
+        cdef LocalCache target = targets[0]
+        cdef LocalCache source = sources[0]
+        cdef Run run
+        if target is source and target_slot == source_slot:
+            return LocalOutcome.DONE
+        run.source = source_slot * source.stride + offset
+        run.target = target_slot * target.stride + offset
+        run.nbytes = nbytes
+        cdef uint64_t tensors = len(sources) * source.tensors
+        cdef uint64_t *addresses = _new_addresses(tensors)
+        try:
+            _put_tensors(addresses, sources)
+            _put_tensors(addresses + tensors, targets)
+            return self._copy(addresses, addresses + tensors, tensors, &run, 1, sources + targets, deadline_ns)
+        finally:
+            PyMem_Free(addresses)
+
+    def copy_blocks(self, list caches not None, BlockPairs pairs not None, uint64_t deadline_ns):
+        """Copy blocks inside a cache, in every tensor, as if one pair were copied after the other."""
+        cdef LocalCache cache = caches[0]
+        cdef uint64_t stride = cache.stride
+        cdef uint64_t tensors = len(caches) * cache.tensors
+        cdef uint64_t used = 0
+        cdef uint64_t i
+        cdef uint64_t *addresses = NULL
+        cdef Run *runs = NULL
+        try:
+            addresses = _new_addresses(tensors)
+            runs = _new_runs(pairs.count)
+            _put_tensors(addresses, caches)
+            with nogil:
+                for i in range(pairs.count):
+                    used = _join_apart(runs, used, pairs._sources[i] * stride, pairs._targets[i] * stride, stride)
+            return self._copy(addresses, addresses, tensors, runs, used, caches, deadline_ns)
+        finally:
+            PyMem_Free(addresses)
+            PyMem_Free(runs)
+
+    def swap_blocks(
+        self, list caches not None, list host not None, BlockPairs pairs not None, uint64_t block_nbytes, bint swap_in,
+        uint64_t deadline_ns,
+    ):
+        """Copy blocks between a cache and host memory, in every tensor, in the order of the pairs.
+
+        Parameters
+        ----------
+        caches : list of LocalCache
+            The cache.
+        host : list of list of int
+            For each device the address of each tensor. The caller vouches for the memory.
+        block_nbytes : int
+            Bytes of a block; block i starts at byte ``i * block_nbytes`` of a tensor, on both sides.
+        swap_in : bool
+            From the host into the cache, or the other way.
+        """
+        cdef LocalCache cache = caches[0]
+        cdef uint64_t tensors = len(caches) * cache.tensors
+        cdef uint64_t used = 0
+        cdef uint64_t i
+        cdef uint64_t *addresses = NULL
+        cdef uint64_t *sources
+        cdef uint64_t *targets
+        cdef Run *runs = NULL
+        try:
+            addresses = _new_addresses(tensors)
+            runs = _new_runs(pairs.count)
+            _put_tensors(addresses, caches)
+            _put_addresses(addresses + tensors, host, len(caches), cache.tensors)
+            sources, targets = addresses, addresses + tensors
+            if swap_in:
+                sources, targets = targets, sources
+            with nogil:
+                for i in range(pairs.count):
+                    used = join_run(
+                        runs, used, pairs._sources[i] * block_nbytes, pairs._targets[i] * block_nbytes, block_nbytes
+                    )
+            return self._copy(sources, targets, tensors, runs, used, caches, deadline_ns)
+        finally:
+            PyMem_Free(addresses)
+            PyMem_Free(runs)
+
+    cdef object _copy(
+        self, const uint64_t *sources, const uint64_t *targets, uint64_t tensors, const Run *runs, uint64_t num_runs,
+        list caches, uint64_t deadline_ns,
+    ):
+        cdef Plan plan = Plan(sources=sources, targets=targets, tensors=tensors, runs=runs, num_runs=num_runs)
+        cdef Gate gate = Gate(deadline_ns=deadline_ns, peer_dead=NULL, revoked=NULL, closing=&self._closing)
+        cdef Py_ssize_t pinned = 0
+        cdef Py_ssize_t i
+        cdef CopyOutcome outcome
+        try:
+            for cache in caches:
+                if not (<LocalCache?>cache).pin():
+                    return LocalOutcome.CACHE_RELEASED
+                pinned += 1
+            with nogil:
+                # In this order, so that either `close` sees the copy or the copy sees that it is closed.
+                fetch_add(&self._running, 1)
+                outcome = _execute_shared(&plan, &gate, self._threads)
+                fetch_sub(&self._running, 1)
+        finally:
+            for i in range(pinned):
+                (<LocalCache>caches[i]).unpin()
+        if outcome == COPIED:
+            return LocalOutcome.DONE
+        return LocalOutcome.TIMED_OUT if outcome == COPY_TIMED_OUT else LocalOutcome.CLOSED
+
+
+cdef uint64_t *_new_addresses(uint64_t tensors) except NULL:
+    """Make room for the addresses of both sides."""
+    cdef uint64_t *addresses = <uint64_t *>PyMem_Malloc((2 * tensors + 1) * sizeof(uint64_t))
+    if addresses == NULL:
+        raise MemoryError()
+    return addresses
+
+
+cdef Run *_new_runs(uint64_t count) except NULL:
+    cdef Run *runs = <Run *>PyMem_Malloc((count + 1) * sizeof(Run))
+    if runs == NULL:
+        raise MemoryError()
+    return runs
+
+
+cdef int _put_tensors(uint64_t *out, list caches) except -1:
+    """Write the address of each tensor of each device."""
+    cdef LocalCache first = caches[0]
+    cdef LocalCache cache
+    cdef uint64_t tensors = first.tensors
+    cdef uint64_t i
+    for cache in caches:
+        if cache.tensors != tensors:
+            raise ValueError(f"caches of {tensors} and of {cache.tensors} tensors")
+        for i in range(tensors):
+            out[i] = cache.address + i * cache.step
+        out += tensors
+    return 0
+
+
+cdef int _put_addresses(uint64_t *out, list devices, Py_ssize_t num_devices, uint64_t tensors) except -1:
+    cdef list device
+    cdef uint64_t used = 0
+    if len(devices) != num_devices:
+        raise ValueError(f"host addresses for {len(devices)} devices, the cache is on {num_devices}")
+    for device in devices:
+        if <uint64_t>len(device) != tensors:
+            raise ValueError(f"{len(device)} host addresses for {tensors} tensors")
+        for address in device:
+            out[used] = address
+            used += 1
+    return 0
+
+
+cdef uint64_t _join_apart(Run *runs, uint64_t used, uint64_t source, uint64_t target, uint64_t nbytes) noexcept nogil:
+    """Append a run or lengthen the last one, but never into its own source: its pairs would no longer be in order."""
+    cdef uint64_t distance
+    if source == target:
+        return used
+    if used != 0:
+        distance = target - source if target > source else source - target
+        if distance < runs[used - 1].nbytes + nbytes:
+            return used + join_run(&runs[used], 0, source, target, nbytes)
+    return join_run(runs, used, source, target, nbytes)
+
+
+cdef CopyOutcome _execute_shared(const Plan *plan, const Gate *gate, uint64_t threads) noexcept nogil:
+    """Carry a plan out, in several threads if it is large."""
+    cdef Share shares[MAX_THREADS]
+    cdef pthread_t handles[MAX_THREADS]
+    cdef bint started[MAX_THREADS]
+    cdef CopyOutcome outcome
+    cdef uint64_t i, first, last
+    threads = min(threads, plan.tensors, _bytes_of(plan) // SHARE_BYTES)
+    if threads < 2:
+        return execute(plan, gate)
+    first = 0
+    for i in range(threads):
+        last = plan.tensors * (i + 1) // threads
+        shares[i].plan = plan[0]
+        shares[i].plan.sources = plan.sources + first
+        shares[i].plan.targets = plan.targets + first
+        shares[i].plan.tensors = last - first
+        shares[i].gate = gate
+        first = last
+    for i in range(1, threads):
+        started[i] = pthread_create(&handles[i], NULL, _copy_share, &shares[i]) == 0
+    _copy_share(&shares[0])
+    outcome = shares[0].outcome
+    for i in range(1, threads):
+        if started[i]:
+            pthread_join(handles[i], NULL)
+        else:
+            _copy_share(&shares[i])  # no thread to be had: the copy is only slower
+        if shares[i].outcome != COPIED:
+            outcome = shares[i].outcome
+    return outcome
+
+
+cdef void *_copy_share(void *argument) noexcept nogil:
+    cdef Share *share = <Share *>argument
+    share.outcome = execute(&share.plan, share.gate)
+    return NULL
+
+
+cdef uint64_t _bytes_of(const Plan *plan) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef uint64_t i
+    for i in range(plan.num_runs):
+        total += plan.runs[i].nbytes
+    return total * plan.tensors

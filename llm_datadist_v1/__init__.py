@@ -1,0 +1,53 @@
+"""The name of the first generation of the API where both are installed; every class lives once, in `llm_datadist`."""
+
+from __future__ import annotations
+
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    CacheTask,
+    DataType,
+    KvCache,
+    KvCacheManager,
+    LayerSynchronizer,
+    LLMClusterInfo,
+    LLMConfig,
+    LlmConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    Placement,
+    Status,
+    Tensor,
+    TensorDesc,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
+)
+
+__all__ = [
+    "BlocksCacheKey",
+    "CacheDesc",
+    "CacheKey",
+    "CacheKeyByIdAndIndex",
+    "CacheTask",
+    "DataType",
+    "KvCache",
+    "KvCacheManager",
+    "LLMClusterInfo",
+    "LLMConfig",
+    "LLMDataDist",
+    "LLMException",
+    "LLMRole",
+    "LLMStatusCode",
+    "LayerSynchronizer",
+    "LlmConfig",
+    "Placement",
+    "Status",
+    "Tensor",
+    "TensorDesc",
+    "TransferConfig",
+    "TransferWithCacheKeyConfig",
+]

@@ -1,0 +1,145 @@
+"""Instances in the test's process and in others. The other processes are started once and serve many tests."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from llm_datadist import KvCacheManager, LLMDataDist, LLMRole
+from llm_datadist.cluster.local import LocalGroup
+from tests import datadist_member as dd
+from tests.conformance.backends import BACKENDS, Backend
+from tests.conformance.expectations import LINKED
+from tests.conformance.remote import DECODER, PROMPT, Remote, link_to
+from tests.datadist_member import make_options
+from tests.processes import Member
+
+Start = Callable[..., LLMDataDist]
+StartRemote = Callable[..., Remote]
+
+
+class Linked(NamedTuple):
+    """A decoder in this process that is linked to a prompt in another one."""
+
+    prompt: Remote
+    decoder: LLMDataDist
+    manager: KvCacheManager
+
+
+@pytest.fixture(scope="session", params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def process() -> Iterator[Member]:
+    """A process for the peer of a test."""
+    with LocalGroup() as group:
+        yield Member(group, "peer")
+
+
+@pytest.fixture(scope="session")
+def more_processes() -> Iterator[list[Member]]:
+    """Two more, for tests with several peers."""
+    with LocalGroup() as group:
+        yield [Member(group, "second peer"), Member(group, "third peer")]
+
+
+@pytest.fixture
+def options(backend: Backend, free_port: Callable[[], int]) -> Callable[..., dict[str, str]]:
+    """Make options of `LLMDataDist.init` for a role, with `changes` put in, and None for a key that shall be absent."""
+
+    def make(role: LLMRole, changes: dict[str, str | None] | None = None, **keywords: Any) -> dict[str, str]:
+        port = free_port() if role is LLMRole.PROMPT else None
+        made = {**make_options(role, port=port, **keywords), **backend.options, **(changes or {})}
+        return {key: value for key, value in made.items() if value is not None}
+
+    return make
+
+
+@pytest.fixture
+def start(options: Callable[..., dict[str, str]]) -> Iterator[Start]:
+    """Initialise instances of this process, one after the other; the last one is finalised with the test."""
+
+    def start_one(role: LLMRole, cluster_id: int = DECODER, **keywords: Any) -> LLMDataDist:
+        datadist = LLMDataDist(role, cluster_id)
+        datadist.init(options(role, **keywords))
+        return datadist
+
+    yield start_one
+    if LLMDataDist.llm_engine_instance is not None:
+        LLMDataDist.llm_engine_instance.finalize()
+
+
+@pytest.fixture
+def manager(start: Start) -> KvCacheManager:
+    """The caches of a prompt in this process."""
+    return start(LLMRole.PROMPT, PROMPT).kv_cache_manager
+
+
+@pytest.fixture
+def start_remote(backend: Backend, free_port: Callable[[], int]) -> Iterator[StartRemote]:
+    """Initialise an instance in another process; it is finalised with the test."""
+    with contextlib.ExitStack() as started:
+
+        def start_one(member: Member, role: LLMRole, cluster_id: int, **keywords: Any) -> Remote:
+            port = keywords.pop("port", None) or (free_port() if role is LLMRole.PROMPT else None)
+            keywords["ge_options"] = {**backend.options, **keywords.get("ge_options", {})}
+            remote = Remote(member, role, cluster_id, port, **keywords)
+            started.callback(remote.finalize)
+            return remote
+
+        yield start_one
+
+
+@pytest.fixture
+def remote_prompt(process: Member, start_remote: StartRemote) -> Remote:
+    """A prompt in another process, cluster 1."""
+    return start_remote(process, LLMRole.PROMPT, PROMPT)
+
+
+@pytest.fixture
+def linked(remote_prompt: Remote, start: Start) -> Linked:
+    """A decoder of this process, cluster 2, linked to the remote prompt."""
+    decoder = start(LLMRole.DECODER, sync_kv_timeout=5000)
+    link_to(decoder, remote_prompt)
+    return Linked(remote_prompt, decoder, decoder.kv_cache_manager)
+
+
+class Serving(NamedTuple):
+    """A prompt in this process to which a decoder in another one is linked."""
+
+    prompt: LLMDataDist
+    manager: KvCacheManager
+    decoder: Remote
+    port: int
+
+
+@pytest.fixture
+def serving(process: Member, options: Callable[..., dict[str, str]], start_remote: StartRemote) -> Iterator[Serving]:
+    """A prompt of this process, cluster 1, and a remote decoder, cluster 2, that is linked to it."""
+    given = options(LLMRole.PROMPT, sync_kv_timeout=5000)
+    port = int(given["llm.listenIpInfo"].split(":")[1])
+    prompt = LLMDataDist(LLMRole.PROMPT, PROMPT)
+    prompt.init(given)
+    decoder = start_remote(process, LLMRole.DECODER, DECODER)
+    assert decoder.call(dd.link, PROMPT, port) == LINKED
+    yield Serving(prompt, prompt.kv_cache_manager, decoder, port)
+    prompt.finalize()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the line of the checklist, and what a test has to say about it, into the report."""
+    for item in items:
+        line = re.match(r"test_(C\d{3})_", item.name)
+        if line is None or not isinstance(item, pytest.Function):
+            continue
+        item.user_properties.append(("line", line.group(1)))
+        remark = inspect.getdoc(item.function)
+        if remark:
+            item.user_properties.append(("remark", " ".join(remark.split())))

@@ -1,0 +1,142 @@
+"""Make docs/conformance.md from the results of the conformance tests.
+
+``python -m tests.conformance.report RESULTS TABLE`` reads what ``pytest --junit-xml RESULTS tests/conformance`` wrote.
+The exit status is 1 if a line of the checklist failed or has no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from bisect import bisect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.conformance.backends import BACKENDS
+
+# First line of each topic of the checklist.
+TOPICS = {
+    1: "package",
+    9: "enumerations and numbers",
+    20: "exceptions",
+    25: "validators",
+    30: "LLMConfig",
+    49: "LLMClusterInfo",
+    55: "LLMDataDist without a peer",
+    76: "CacheDesc and keys",
+    94: "KvCache",
+    101: "allocation",
+    121: "deallocation, removal, local reading",
+    127: "copy_cache, copy_blocks",
+    136: "swap_blocks",
+    141: "linking",
+    166: "pull_cache",
+    197: "pull_blocks",
+    205: "layer-wise transfer",
+    227: "switch_role",
+    234: "cache-manager mode",
+    251: "Tensor",
+}
+LAST_LINE = 255
+EXTENDED = {19, *range(45, 49), *range(234, 251)}  # lines of the cache-manager mode
+LINES = [number for number in range(1, LAST_LINE + 1) if number not in EXTENDED]
+
+HEAD = """\
+# Conformance
+
+Each line of the checklist of the documented interface has its own test; `pytest -k C042` runs that of line 42. This
+table is made by `make conformance` from the results of the tests. The lines that are not in it ({extended}) belong to
+the cache-manager mode, which is not available.
+
+{passed} of {total} lines pass, on {backends}.
+
+| line | topic | what is tested | status | remark |
+| --- | --- | --- | --- | --- |
+"""
+
+
+@dataclass
+class Result:
+    """What the tests of one line came to."""
+
+    names: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def add(self, name: str, remark: str | None, outcome: str) -> None:
+        what = re.sub(r"^test_C\d+_", "", name.partition("[")[0]).replace("_", " ")
+        if what not in self.names:
+            self.names.append(what)
+        if remark and remark not in self.remarks:
+            self.remarks.append(remark)
+        if outcome != "passed":
+            self.failed.append(f"{name} {outcome}")
+
+    @property
+    def status(self) -> str:
+        if not self.names:
+            return "no test"
+        return "failed" if self.failed else "passed"
+
+
+def outcome_of(case: ElementTree.Element) -> str:
+    for tag, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "was skipped")):
+        if case.find(tag) is not None:
+            return outcome
+    return "passed"
+
+
+def read_results(path: Path) -> tuple[dict[int, Result], set[str]]:
+    """Give the result of each line, and the names of the backends."""
+    results = {number: Result() for number in LINES}
+    backends = set()
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        properties = {entry.get("name"): entry.get("value") for entry in case.iter("property")}
+        line, name = properties.get("line"), case.get("name", "")
+        if line is None:
+            continue
+        results[int(line[1:])].add(name, properties.get("remark"), outcome_of(case))
+        backends.update(str(backend) for backend in BACKENDS if str(backend) in name)
+    return results, backends
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Write numbers as spans: 19, 45-48."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def table(results: dict[int, Result], backends: set[str]) -> Iterator[str]:
+    passed = sum(result.status == "passed" for result in results.values())
+    names = " and ".join(f"`{name}`" for name in sorted(backends))
+    yield HEAD.format(extended=spans(EXTENDED), passed=passed, total=len(results), backends=names)
+    starts = sorted(TOPICS)
+    for number, result in results.items():
+        topic = TOPICS[starts[bisect(starts, number) - 1]]
+        remark = " ".join([*result.remarks, *result.failed])
+        yield f"| C{number:03} | {topic} | {'; '.join(result.names)} | {result.status} | {remark} |\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make the table of conformance from the results of pytest.")
+    parser.add_argument("results", type=Path, help="file that pytest --junit-xml wrote")
+    parser.add_argument("table", type=Path, help="file to write, in markdown")
+    arguments = parser.parse_args()
+    results, backends = read_results(arguments.results)
+    arguments.table.write_text("".join(table(results, backends)))
+    wrong = [number for number, result in results.items() if result.status != "passed"]
+    if wrong:
+        print(f"lines that do not pass: {spans(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
