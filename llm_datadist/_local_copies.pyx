@@ -45,8 +45,7 @@ cdef struct Share:
 cdef class LocalCopier:
     """Carries out copies between memory of this process; safe to use from many threads.
 
-    Caches are given as lists of `LocalCache`, one a device, all of the same shape. The callers have checked every slot
-    and every offset.
+    The callers have checked every slot and every offset.
 
     Parameters
     ----------
@@ -74,42 +73,39 @@ cdef class LocalCopier:
         return idle
 
     def copy_slot(
-        self, list targets not None, list sources not None, uint64_t target_slot, uint64_t source_slot, uint64_t offset,
-        uint64_t nbytes, uint64_t deadline_ns,
+        self, LocalCache target not None, LocalCache source not None, uint64_t target_slot, uint64_t source_slot,
+        uint64_t offset, uint64_t nbytes, uint64_t deadline_ns,
     ):
         """Copy bytes of one slot into one slot of a cache with as many tensors, tensor by tensor.
 
         Parameters
         ----------
-        targets, sources : list of LocalCache
+        target, source : LocalCache
             They may be the same.
         offset, nbytes : int
             The bytes, inside of both slots.
         deadline_ns : int
             On the clock of ``time.monotonic_ns``.
         """
-        cdef LocalCache target = targets[0]
-        cdef LocalCache source = sources[0]
         cdef Run run
         if target is source and target_slot == source_slot:
             return LocalOutcome.DONE
         run.source = source_slot * source.stride + offset
         run.target = target_slot * target.stride + offset
         run.nbytes = nbytes
-        cdef uint64_t tensors = len(sources) * source.tensors
+        cdef uint64_t tensors = source.tensors
         cdef uint64_t *addresses = _new_addresses(tensors)
         try:
-            _put_tensors(addresses, sources)
-            _put_tensors(addresses + tensors, targets)
-            return self._copy(addresses, addresses + tensors, tensors, &run, 1, sources + targets, deadline_ns)
+            _put_tensors(addresses, source)
+            _put_tensors(addresses + tensors, target)
+            return self._copy(addresses, addresses + tensors, tensors, &run, 1, source, target, deadline_ns)
         finally:
             PyMem_Free(addresses)
 
-    def copy_blocks(self, list caches not None, BlockPairs pairs not None, uint64_t deadline_ns):
+    def copy_blocks(self, LocalCache cache not None, BlockPairs pairs not None, uint64_t deadline_ns):
         """Copy blocks inside a cache, in every tensor, as if one pair were copied after the other."""
-        cdef LocalCache cache = caches[0]
         cdef uint64_t stride = cache.stride
-        cdef uint64_t tensors = len(caches) * cache.tensors
+        cdef uint64_t tensors = cache.tensors
         cdef uint64_t used = 0
         cdef uint64_t i
         cdef uint64_t *addresses = NULL
@@ -117,34 +113,32 @@ cdef class LocalCopier:
         try:
             addresses = _new_addresses(tensors)
             runs = _new_runs(pairs.count)
-            _put_tensors(addresses, caches)
+            _put_tensors(addresses, cache)
             with nogil:
                 for i in range(pairs.count):
                     used = _join_apart(runs, used, pairs._sources[i] * stride, pairs._targets[i] * stride, stride)
-            return self._copy(addresses, addresses, tensors, runs, used, caches, deadline_ns)
+            return self._copy(addresses, addresses, tensors, runs, used, cache, cache, deadline_ns)
         finally:
             PyMem_Free(addresses)
             PyMem_Free(runs)
 
     def swap_blocks(
-        self, list caches not None, list host not None, BlockPairs pairs not None, uint64_t block_nbytes, bint swap_in,
-        uint64_t deadline_ns,
+        self, LocalCache cache not None, list host not None, BlockPairs pairs not None, uint64_t block_nbytes,
+        bint swap_in, uint64_t deadline_ns,
     ):
         """Copy blocks between a cache and host memory, in every tensor, in the order of the pairs.
 
         Parameters
         ----------
-        caches : list of LocalCache
-            The cache.
-        host : list of list of int
-            For each device the address of each tensor. The caller vouches for the memory.
+        cache : LocalCache
+        host : list of int
+            Address of each tensor in host memory. The caller vouches for the memory.
         block_nbytes : int
             Bytes of a block; block i starts at byte ``i * block_nbytes`` of a tensor, on both sides.
         swap_in : bool
             From the host into the cache, or the other way.
         """
-        cdef LocalCache cache = caches[0]
-        cdef uint64_t tensors = len(caches) * cache.tensors
+        cdef uint64_t tensors = cache.tensors
         cdef uint64_t used = 0
         cdef uint64_t i
         cdef uint64_t *addresses = NULL
@@ -154,8 +148,8 @@ cdef class LocalCopier:
         try:
             addresses = _new_addresses(tensors)
             runs = _new_runs(pairs.count)
-            _put_tensors(addresses, caches)
-            _put_addresses(addresses + tensors, host, len(caches), cache.tensors)
+            _put_tensors(addresses, cache)
+            _put_addresses(addresses + tensors, host, tensors)
             sources, targets = addresses, addresses + tensors
             if swap_in:
                 sources, targets = targets, sources
@@ -164,36 +158,37 @@ cdef class LocalCopier:
                     used = join_run(
                         runs, used, pairs._sources[i] * block_nbytes, pairs._targets[i] * block_nbytes, block_nbytes
                     )
-            return self._copy(sources, targets, tensors, runs, used, caches, deadline_ns)
+            return self._copy(sources, targets, tensors, runs, used, cache, cache, deadline_ns)
         finally:
             PyMem_Free(addresses)
             PyMem_Free(runs)
 
     cdef object _copy(
         self, const uint64_t *sources, const uint64_t *targets, uint64_t tensors, const Run *runs, uint64_t num_runs,
-        list caches, uint64_t deadline_ns,
+        LocalCache source, LocalCache target, uint64_t deadline_ns,
     ):
         cdef Plan plan = Plan(sources=sources, targets=targets, tensors=tensors, runs=runs, num_runs=num_runs)
         cdef Gate gate = Gate(deadline_ns=deadline_ns, peer_dead=NULL, revoked=NULL, closing=&self._closing)
-        cdef Py_ssize_t pinned = 0
-        cdef Py_ssize_t i
         cdef CopyOutcome outcome
-        try:
-            for cache in caches:
-                if not (<LocalCache?>cache).pin():
-                    return LocalOutcome.CACHE_RELEASED
-                pinned += 1
-            with nogil:
-                # In this order, so that either `close` sees the copy or the copy sees that it is closed.
-                fetch_add(&self._running, 1)
-                outcome = _execute_shared(&plan, &gate, self._threads)
-                fetch_sub(&self._running, 1)
-        finally:
-            for i in range(pinned):
-                (<LocalCache>caches[i]).unpin()
+        if not source.pin():
+            return self._why_released()
+        if not target.pin():
+            source.unpin()
+            return self._why_released()
+        with nogil:
+            # In this order, so that either `close` sees the copy or the copy sees that it is closed.
+            fetch_add(&self._running, 1)
+            outcome = _execute_shared(&plan, &gate, self._threads)
+            fetch_sub(&self._running, 1)
+        source.unpin()
+        target.unpin()
         if outcome == COPIED:
             return LocalOutcome.DONE
         return LocalOutcome.TIMED_OUT if outcome == COPY_TIMED_OUT else LocalOutcome.CLOSED
+
+    cdef object _why_released(self):
+        """Tell a cache that was deallocated from one that went when everything was closed."""
+        return LocalOutcome.CLOSED if load_acquire(&self._closing) != 0 else LocalOutcome.CACHE_RELEASED
 
 
 cdef uint64_t *_new_addresses(uint64_t tensors) except NULL:
@@ -211,32 +206,18 @@ cdef Run *_new_runs(uint64_t count) except NULL:
     return runs
 
 
-cdef int _put_tensors(uint64_t *out, list caches) except -1:
-    """Write the address of each tensor of each device."""
-    cdef LocalCache first = caches[0]
-    cdef LocalCache cache
-    cdef uint64_t tensors = first.tensors
+cdef void _put_tensors(uint64_t *out, LocalCache cache) noexcept:
     cdef uint64_t i
-    for cache in caches:
-        if cache.tensors != tensors:
-            raise ValueError(f"caches of {tensors} and of {cache.tensors} tensors")
-        for i in range(tensors):
-            out[i] = cache.address + i * cache.step
-        out += tensors
-    return 0
+    for i in range(cache.tensors):
+        out[i] = cache.address + i * cache.step
 
 
-cdef int _put_addresses(uint64_t *out, list devices, Py_ssize_t num_devices, uint64_t tensors) except -1:
-    cdef list device
-    cdef uint64_t used = 0
-    if len(devices) != num_devices:
-        raise ValueError(f"host addresses for {len(devices)} devices, the cache is on {num_devices}")
-    for device in devices:
-        if <uint64_t>len(device) != tensors:
-            raise ValueError(f"{len(device)} host addresses for {tensors} tensors")
-        for address in device:
-            out[used] = address
-            used += 1
+cdef int _put_addresses(uint64_t *out, list addresses, uint64_t tensors) except -1:
+    cdef uint64_t i
+    if <uint64_t>len(addresses) != tensors:
+        raise ValueError(f"{len(addresses)} host addresses for {tensors} tensors")
+    for i in range(tensors):
+        out[i] = addresses[i]
     return 0
 
 

@@ -64,6 +64,15 @@ class CacheDesc:
         An integer is out of the range of its width.
     LLMException
         LLM_PARAM_INVALID: an index names no dimension.
+
+    Examples
+    --------
+    >>> from llm_datadist import CacheDesc, DataType
+    >>> desc = CacheDesc(num_tensors=32, shape=[4, 1024, 8, 128], data_type=DataType.DT_FLOAT16)
+    >>> desc.batch_size
+    4
+    >>> desc.size == 4 * 1024 * 8 * 128 * 2
+    True
     """
 
     def __init__(

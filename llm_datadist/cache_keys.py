@@ -53,6 +53,14 @@ class CacheKey:
         An argument is out of range.
     LLMException
         LLM_PARAM_INVALID: too many arguments, an unknown name, or no cluster id or request id.
+
+    Examples
+    --------
+    >>> from llm_datadist import CacheKey
+    >>> CacheKey(1, 42)
+    CacheKey(cluster_id=1, req_id=42, prefix_id=18446744073709551615, model_id=0)
+    >>> CacheKey(prompt_cluster_id=1, req_id=2**64 - 1, prefix_id=7).prefix_id
+    7
     """
 
     __slots__ = ("_cluster_id", "_is_placeholder", "_model_id", "_name", "_prefix_id", "_pullable", "_req_id")
@@ -123,6 +131,12 @@ class CacheKeyByIdAndIndex:
         An argument is no int.
     ValueError
         An argument is out of range.
+
+    Examples
+    --------
+    >>> from llm_datadist import CacheKeyByIdAndIndex
+    >>> CacheKeyByIdAndIndex(cluster_id=1, cache_id=3, batch_index=2)
+    CacheKeyByIdAndIndex(cluster_id=1, cache_id=3, batch_index=2)
     """
 
     __slots__ = ("_batch_index", "_cache_id", "_cluster_id", "_name")
@@ -176,6 +190,14 @@ class BlocksCacheKey:
         An argument is no int. An int that is no uint64 is refused where the key is used.
     LLMException
         LLM_PARAM_INVALID: too many arguments, an unknown name, or no cluster id.
+
+    Examples
+    --------
+    >>> from llm_datadist import BlocksCacheKey
+    >>> BlocksCacheKey(1)
+    BlocksCacheKey(cluster_id=1, model_id=0)
+    >>> BlocksCacheKey(prompt_cluster_id=1, model_id=5).model_id
+    5
     """
 
     __slots__ = ("_cluster_id", "_label", "_model_id", "_usable")

@@ -11,6 +11,16 @@ class LLMClusterInfo:
     """One remote cluster for `LLMDataDist.link_clusters` and `LLMDataDist.unlink_clusters`.
 
     A plain record: it can be used for any number of calls, none of them changes it.
+
+    Examples
+    --------
+    >>> from llm_datadist import LLMClusterInfo
+    >>> prefill = LLMClusterInfo()
+    >>> prefill.remote_cluster_id = 1
+    >>> prefill.append_local_ip_info("127.0.0.1", 0)
+    >>> prefill.append_remote_ip_info("127.0.0.1", 26000)
+    >>> prefill.remote_ip_info_list
+    [(16777343, 26000)]
     """
 
     def __init__(self) -> None:

@@ -57,6 +57,17 @@ class LlmConfig:
         dict of str to str
             The same object each time. A property wins over the same key in `ge_options`; a key that was written once is
             overwritten by later values, but never removed.
+
+        Examples
+        --------
+        >>> from llm_datadist import LLMConfig
+        >>> config = LLMConfig()
+        >>> config.device_id = 0
+        >>> config.listen_ip_info = "127.0.0.1:26000"
+        >>> config.ge_options = {"ge.flowGraphMemMaxSize": str(1 << 30)}
+        >>> options = config.generate_options()
+        >>> options["llm.listenIpInfo"], options["ge.exec.deviceId"], options["ge.flowGraphMemMaxSize"]
+        ('127.0.0.1:26000', '0', '1073741824')
         """
         self._options.update(self._ge_options)
         entries = {

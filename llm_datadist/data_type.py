@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 
 class DataType(Enum):
-    """Type of the elements of a tensor."""
+    """Type of the elements of a tensor.
+
+    Examples
+    --------
+    >>> from llm_datadist.data_type import ELEMENT_NBYTES, DataType, dtype_to_np_dtype
+    >>> ELEMENT_NBYTES[DataType.DT_BF16]
+    2
+    >>> dtype_to_np_dtype[DataType.DT_FLOAT]
+    <class 'numpy.float32'>
+    """
 
     DT_FLOAT = 0
     DT_FLOAT16 = 1

@@ -50,6 +50,17 @@ class LLMDataDist:
         An argument of the wrong type.
     ValueError
         `cluster_id` is out of range.
+
+    Examples
+    --------
+    >>> from llm_datadist import LLMConfig, LLMDataDist, LLMRole
+    >>> config = LLMConfig()
+    >>> config.device_id = 0
+    >>> datadist = LLMDataDist(LLMRole.MIX, cluster_id=1)
+    >>> datadist.init(config.generate_options())
+    >>> datadist.kv_cache_manager.is_initialized()
+    True
+    >>> datadist.finalize()
     """
 
     llm_engine_instance: ClassVar[LLMDataDist | None] = None

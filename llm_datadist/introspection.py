@@ -32,6 +32,18 @@ def pool_statistics(datadist: LLMDataDist) -> PoolStatistics:
         `datadist` is no LLMDataDist.
     RuntimeError
         The instance is not initialised.
+
+    Examples
+    --------
+    >>> from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMRole
+    >>> from llm_datadist.introspection import pool_statistics
+    >>> datadist = LLMDataDist(LLMRole.MIX, cluster_id=1)
+    >>> datadist.init({"ge.exec.deviceId": "0", "ge.flowGraphMemMaxSize": "65536", "llm.MemoryUtilization": "1.0"})
+    >>> cache = datadist.kv_cache_manager.allocate_cache(CacheDesc(2, (4, 128), DataType.DT_FLOAT16))
+    >>> level = pool_statistics(datadist)
+    >>> level.capacity, level.used, level.free, level.caches
+    (65536, 2048, 63488, 1)
+    >>> datadist.finalize()
     """
     check_isinstance("datadist", datadist, LLMDataDist, allow_none=False)
     return datadist._require_engine().statistics()

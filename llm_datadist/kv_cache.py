@@ -84,6 +84,16 @@ class KvCache:
         LLMException
             LLM_PARAM_INVALID: placement is not HOST; `addrs` is empty, mixes both forms, or has not one address for
             each tensor.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from llm_datadist import CacheDesc, DataType, KvCache, Placement
+        >>> desc = CacheDesc(2, (4, 128), DataType.DT_FLOAT16, Placement.HOST)
+        >>> tensors = [np.zeros(desc.shape, np.float16) for _ in range(desc.num_tensors)]
+        >>> cache = KvCache.create_cpu_cache(desc, [tensor.ctypes.data for tensor in tensors])
+        >>> cache.cache_id, cache.per_device_tensor_addrs == [[tensor.ctypes.data for tensor in tensors]]
+        (-1, True)
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
         if cache_desc.placement is not Placement.HOST:

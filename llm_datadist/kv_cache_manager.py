@@ -89,8 +89,18 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
         LLMException
             LLM_PARAM_INVALID: the description cannot be allocated, there are more keys than slots, a key is bound
             already, or the role has no keys. LLM_DEVICE_OUT_OF_MEMORY: no room; nothing is allocated, no key bound.
+
+        Examples
+        --------
+        >>> from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMRole
+        >>> datadist = LLMDataDist(LLMRole.MIX, cluster_id=1)
+        >>> datadist.init({"ge.exec.deviceId": "0"})
+        >>> cache = datadist.kv_cache_manager.allocate_cache(CacheDesc(2, (4, 128), DataType.DT_FLOAT16))
+        >>> cache.cache_id, len(cache.per_device_tensor_addrs[0])
+        (1, 2)
+        >>> datadist.finalize()
         """
-        _check_desc_type(cache_desc)
+        check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
         check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey, allow_none=False)
         _check_allocatable(cache_desc)
         if cache_keys and self._role is not LLMRole.PROMPT:
@@ -130,7 +140,7 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
             LLM_PARAM_INVALID: the description cannot be allocated, the model has a blocks cache already, or the role is
             DECODER and a key is given. LLM_DEVICE_OUT_OF_MEMORY: no room; nothing is allocated, no key bound.
         """
-        _check_desc_type(cache_desc)
+        check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
         check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
         _check_allocatable(cache_desc)
         model_id = None
@@ -349,6 +359,18 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
         LLMException
             LLM_PARAM_INVALID: `tensor_index` names no tensor. LLM_KV_CACHE_NOT_EXIST: the cache is deallocated, or one
             of `KvCache.create_cpu_cache`.
+
+        Examples
+        --------
+        >>> from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMRole
+        >>> datadist = LLMDataDist(LLMRole.MIX, cluster_id=1)
+        >>> datadist.init({"ge.exec.deviceId": "0"})
+        >>> cache = datadist.kv_cache_manager.allocate_cache(CacheDesc(2, (4, 128), DataType.DT_FLOAT16))
+        >>> tensor = datadist.kv_cache_manager.get_cache_tensors(cache, tensor_index=1)[0]
+        >>> tensor.numpy().shape
+        (4, 128)
+        >>> del tensor
+        >>> datadist.finalize()
         """
         check_isinstance("cache", cache, KvCache, allow_none=False)
         check_int32("tensor_index", tensor_index)
@@ -375,10 +397,6 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
 
     def _wrong_role(self, function: str, right: str) -> InvalidArgument:
         return InvalidArgument(f"[{function}] is not supported by {self._role.name}, only by {right}")
-
-
-def _check_desc_type(cache_desc: CacheDesc) -> None:
-    check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
 
 
 def _check_allocatable(cache_desc: CacheDesc) -> None:

@@ -56,6 +56,7 @@ def layer_range_to_tensor_indices(
 
     Examples
     --------
+    >>> from llm_datadist.layer_range import layer_range_to_tensor_indices
     >>> layer_range_to_tensor_indices(range(1, 2), range(2, 3))
     ([2, 3], [4, 5])
     """

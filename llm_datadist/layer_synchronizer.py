@@ -6,7 +6,20 @@ from abc import ABC, abstractmethod
 
 
 class LayerSynchronizer(ABC):
-    """Base class of what `KvCacheManager.transfer_cache_async` asks before it sends a layer."""
+    """Base class of what `KvCacheManager.transfer_cache_async` asks before it sends a layer.
+
+    Examples
+    --------
+    >>> import threading
+    >>> from llm_datadist import LayerSynchronizer
+    >>> class ComputedLayers(LayerSynchronizer):
+    ...     events = [threading.Event() for _ in range(2)]  # set by the model
+    ...     def synchronize_layer(self, layer_index, timeout_in_millis):
+    ...         return self.events[layer_index].wait(timeout=1)
+    >>> ComputedLayers.events[0].set()
+    >>> ComputedLayers().synchronize_layer(0, None)
+    True
+    """
 
     @abstractmethod
     def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:

@@ -100,6 +100,21 @@ class LocalCopyCalls:
             LLM_PARAM_INVALID: HOST cache, or a block that does not exist; nothing is copied then.
             LLM_KV_CACHE_NOT_EXIST: the cache is deallocated. LLM_WAIT_PROCESS_TIMEOUT: not finished within
             sync_kv_timeout; a part may have been copied.
+
+        Examples
+        --------
+        >>> from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMRole
+        >>> from llm_datadist.views import tensor_view
+        >>> datadist = LLMDataDist(LLMRole.MIX, cluster_id=1)
+        >>> datadist.init({"ge.exec.deviceId": "0"})
+        >>> cache = datadist.kv_cache_manager.allocate_blocks_cache(CacheDesc(1, (4, 128), DataType.DT_INT32))
+        >>> view = tensor_view(cache)
+        >>> view[0] = 7
+        >>> datadist.kv_cache_manager.copy_blocks(cache, {0: [1, 3]})
+        >>> view[1, 0].item(), view[3, 127].item()
+        (7, 7)
+        >>> del view
+        >>> datadist.finalize()
         """
         blocks = check_copy_blocks(cache, copy_block_info)
         self._engine.copy_blocks(self._engine_id(cache), blocks.sources, blocks.targets)

@@ -13,7 +13,16 @@ _COMPONENT = 0x5010B000
 
 
 class LLMStatusCode(QualifiedIntEnum):
-    """What a call ended with; equal to its number, printed as ``LLMStatusCode.LLM_FAILED``."""
+    """What a call ended with; equal to its number, printed as ``LLMStatusCode.LLM_FAILED``.
+
+    Examples
+    --------
+    >>> from llm_datadist import LLMStatusCode
+    >>> print(LLMStatusCode.LLM_NOT_YET_LINK)
+    LLMStatusCode.LLM_NOT_YET_LINK
+    >>> LLMStatusCode.LLM_NOT_YET_LINK == 0x5010B007
+    True
+    """
 
     LLM_SUCCESS = 0
     LLM_FAILED = 0xFFFFFFFF
@@ -55,6 +64,15 @@ class LLMException(RuntimeError):
         The message, as for any exception.
     status_code : LLMStatusCode
         Why it failed.
+
+    Examples
+    --------
+    >>> from llm_datadist import LLMConfig, LLMException, LLMStatusCode
+    >>> try:
+    ...     LLMConfig().link_retry_count = 0
+    ... except LLMException as error:
+    ...     print(error.status_code)
+    LLMStatusCode.LLM_PARAM_INVALID
     """
 
     def __init__(self, *args: object, status_code: LLMStatusCode = LLMStatusCode.LLM_SUCCESS) -> None:
@@ -84,6 +102,12 @@ class Status:
     ----------
     status : LLMStatusCode
         The code.
+
+    Examples
+    --------
+    >>> from llm_datadist import LLMStatusCode, Status
+    >>> Status(LLMStatusCode.LLM_SUCCESS).is_ok(), Status(LLMStatusCode.LLM_TIMEOUT).is_ok()
+    (True, False)
     """
 
     def __init__(self, status: LLMStatusCode) -> None:
@@ -123,6 +147,15 @@ def handle_llm_status(status: int, func_name: str, other_info: object) -> None:
     ------
     LLMException
         With the member of `status`, for every number except 0.
+
+    Examples
+    --------
+    >>> from llm_datadist.status import LLMStatusCode, handle_llm_status
+    >>> handle_llm_status(0, "pull_cache", "request 7")
+    >>> handle_llm_status(LLMStatusCode.LLM_TIMEOUT, "pull_cache", "request 7")
+    Traceback (most recent call last):
+        ...
+    llm_datadist.status.LLMException: pull_cache failed, error code is LLMStatusCode.LLM_TIMEOUT, request 7.
     """
     if status != LLMStatusCode.LLM_SUCCESS:
         code = code_2_status(status)

@@ -29,6 +29,12 @@ class TensorDesc:
     ------
     TypeError
         An argument of the wrong type.
+
+    Examples
+    --------
+    >>> from llm_datadist import DataType, TensorDesc
+    >>> print(TensorDesc(DataType.DT_FLOAT16, (2, 3)))
+    TensorDesc(dtype=DataType.DT_FLOAT16, shape=[2, 3])
     """
 
     def __init__(self, dtype: DataType, shape: list[int] | tuple[int, ...]) -> None:
@@ -70,6 +76,16 @@ class Tensor:
         An argument of the wrong type.
     RuntimeError
         The array is not C-contiguous, no data type has its NumPy type, or it does not fit the description.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from llm_datadist import DataType, Tensor, TensorDesc
+    >>> Tensor(np.arange(3, dtype=np.int32)).numpy().tolist()
+    [0, 1, 2]
+    >>> bits = np.array([0x3F80, 0x4000], np.uint16).view(np.float16)
+    >>> Tensor(bits, TensorDesc(DataType.DT_BF16, [2])).numpy().tolist()
+    [1.0, 2.0]
     """
 
     _array: npt.NDArray[Any]  # DT_BF16 as float16 that hold the bits

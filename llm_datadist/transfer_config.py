@@ -41,6 +41,7 @@ class TransferConfig:
 
     Examples
     --------
+    >>> from llm_datadist import TransferConfig
     >>> TransferConfig(2, [4096, 8192], range(0, 1))
     TransferConfig(dst_cluster_id=2, dst_addrs=[4096, 8192], src_layer_range=range(0, 1), src_batch_index=0)
     """
@@ -138,6 +139,7 @@ class TransferWithCacheKeyConfig:
 
     Examples
     --------
+    >>> from llm_datadist import BlocksCacheKey, TransferWithCacheKeyConfig
     >>> TransferWithCacheKeyConfig(BlocksCacheKey(1), range(0, 4), range(4, 8)).dst_cluster_id
     1
     """

@@ -82,6 +82,20 @@ def tensor_view(cache: KvCache, tensor_index: int = 0, device_index: int = 0) ->
     LLMException
         LLM_PARAM_INVALID: an index is out of range, the cache is one of `KvCache.create_cpu_cache` (its memory is the
         caller's, who can wrap it without help), or its type is DT_STRING. LLM_KV_CACHE_NOT_EXIST: it was deallocated.
+
+    Examples
+    --------
+    >>> from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMRole
+    >>> from llm_datadist.views import tensor_view
+    >>> datadist = LLMDataDist(LLMRole.MIX, cluster_id=1)
+    >>> datadist.init({"ge.exec.deviceId": "0"})
+    >>> cache = datadist.kv_cache_manager.allocate_cache(CacheDesc(2, (4, 128), DataType.DT_FLOAT16))
+    >>> view = tensor_view(cache, tensor_index=1)
+    >>> view[:] = 1.5
+    >>> datadist.kv_cache_manager.get_cache_tensors(cache, 1)[0].numpy()[3, 127].item()
+    1.5
+    >>> del view
+    >>> datadist.finalize()
     """
     import numpy as np
 

@@ -70,7 +70,7 @@ class Engine:
         except BaseException:
             self._caches.close()
             raise
-        self._copies = LocalCopies([self._caches], self._timeout_ms)
+        self._copies = LocalCopies(self._caches, self._timeout_ms)
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
         self._links = LinkTable(self._loop, self._caches.forget_peer)
         self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity, self._grant))
@@ -376,9 +376,12 @@ class Engine:
         dst_blocks: list[int],
         swap_in: bool,
     ) -> None:
-        """Copy blocks between a local cache and host memory; see `LocalCopies.swap_blocks`."""
+        """Copy blocks between a local cache and host memory; see `LocalCopies.swap_blocks`.
+
+        `host_addresses` has one list, for the one device.
+        """
         self._require_open("swap_blocks")
-        self._copies.swap_blocks(cache_id, host_addresses, block_nbytes, src_blocks, dst_blocks, swap_in)
+        self._copies.swap_blocks(cache_id, host_addresses[0], block_nbytes, src_blocks, dst_blocks, swap_in)
 
     # ---- links
 
@@ -423,12 +426,14 @@ class Engine:
                 raise failure(call, LLMStatusCode.LLM_EXIST_LINK, reason)
             if self._server is not None:
                 self._server.close()
-                self._server = None
 
         try:
             self._loop.ask(leave)
         except TimeoutError as error:
             raise failure(call, LLMStatusCode.LLM_FAILED, str(error)) from error
+        if self._server is not None:
+            self._server.wait_until_closed()
+            self._server = None
         if listen is not None:
             self._server = self._listen(*listen)
         self.role = role

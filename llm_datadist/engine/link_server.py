@@ -41,6 +41,7 @@ _log = logging.getLogger("llm_datadist.link")
 MAX_SET_UPS = 16  # at one time on a server, documented
 _MAX_WAITING = 1024  # Hellos in line; more is no engine that links but a mistake or an attack
 _STRANGER_SECONDS = 5.0  # for a connection to present its token
+_CLOSE_SECONDS = 1.0  # for the listener to be gone
 
 
 class _SetUp:
@@ -83,6 +84,7 @@ class LinkServer:
         self._set_ups: dict[bytes, _SetUp] = {}
         self._waiting: deque[tuple[bytes, Hello, float]] = deque()
         self._strangers: set[socket.socket] = set()
+        self._address: tuple[str, int] | None = None
         self._listener, self._name = rendezvous.listen()
 
     def start(self, host: str, port: int) -> None:
@@ -99,6 +101,7 @@ class LinkServer:
             self._listener.close()
             reason = f"cannot listen on {host}:{port} ({error.strerror}), choose a free port"
             raise failure("listening", LLMStatusCode.LLM_FAILED, reason) from error
+        self._address = (host, port)
         self._loop.call(lambda: self._loop.watch(self._listener, self._on_connection))
 
     def close(self) -> None:
@@ -111,6 +114,15 @@ class LinkServer:
         self._waiting.clear()  # first, or they would take the places that come free
         for set_up in list(self._set_ups.values()):
             self._abandon(set_up, "the server stops")
+
+    def wait_until_closed(self) -> None:
+        """Wait until nobody is accepted at the address any more: ZeroMQ closes a listener in a thread of its own."""
+        give_up = time.monotonic() + _CLOSE_SECONDS
+        while self._address is not None and not _is_free(self._address):
+            if time.monotonic() > give_up:
+                _log.warning("%s:%d still accepts connections", *self._address)
+                return
+            time.sleep(0.001)
 
     # ---- messages
 
@@ -265,3 +277,14 @@ class LinkServer:
             peer, hello, deadline = self._waiting.popleft()
             if deadline > time.monotonic():
                 self._start(peer, hello, deadline)
+
+
+def _is_free(address: tuple[str, int]) -> bool:
+    """Tell whether nobody listens at an address of this host."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
 
 from llm_datadist._local import BlockPairs, LocalCache, block_pairs
 from llm_datadist._local_copies import LocalCopier, LocalOutcome
@@ -18,20 +17,20 @@ _CLOSE_SECONDS = 5.0  # a running copy sees within about a millisecond that it m
 
 
 class LocalCopies:
-    """The local copies of one instance.
+    """The local copies of one engine.
 
     Copies of slots and of blocks queue against each other; swaps run beside them and each other.
 
     Parameters
     ----------
-    tables : sequence of CacheTable
-        Caches of each device; a cache has the same id and shape on all of them.
+    table : CacheTable
+        Caches of the engine.
     timeout_ms : int
         How long one call may take, the time in the queue included.
     """
 
-    def __init__(self, tables: Sequence[CacheTable], timeout_ms: int) -> None:
-        self._tables = tuple(tables)
+    def __init__(self, table: CacheTable, timeout_ms: int) -> None:
+        self._table = table
         self._timeout_ms = timeout_ms
         self._queue = threading.Lock()
         self._copier = LocalCopier(len(os.sched_getaffinity(0)))
@@ -61,9 +60,8 @@ class LocalCopies:
         """
         call = "copy_cache"
         deadline_ns = self._deadline_ns()
-        sources = self._find(call, src_cache_id)
-        targets = self._find(call, dst_cache_id)
-        src, dst = sources[0], targets[0]
+        src = self._find(call, src_cache_id)
+        dst = self._find(call, dst_cache_id)
         for name, slot, cache in (("dst_batch_index", dst_slot, dst), ("src_batch_index", src_slot, src)):
             if slot >= cache.slots:
                 raise invalid(call, f"{name} {slot} is out of range, cache {cache.cache_id} has {cache.slots} slots")
@@ -73,7 +71,7 @@ class LocalCopies:
         nbytes = _bytes_to_copy(call, src, dst, offset, size)
         self._wait_for_turn(call, deadline_ns)
         try:
-            outcome = self._copier.copy_slot(targets, sources, dst_slot, src_slot, offset, nbytes, deadline_ns)
+            outcome = self._copier.copy_slot(dst, src, dst_slot, src_slot, offset, nbytes, deadline_ns)
         finally:
             self._queue.release()
         self._report(call, outcome)
@@ -91,14 +89,13 @@ class LocalCopies:
         call = "copy_blocks"
         deadline_ns = self._deadline_ns()
         pairs = block_pairs(src_blocks, dst_blocks)
-        caches = self._find(call, cache_id)
-        slots = caches[0].slots
+        cache = self._find(call, cache_id)
         largest = max(pairs.max_source, pairs.max_target)
-        if largest >= slots:
-            raise invalid(call, f"block {largest} is out of range, cache {cache_id} has {slots} blocks")
+        if largest >= cache.slots:
+            raise invalid(call, f"block {largest} is out of range, cache {cache_id} has {cache.slots} blocks")
         self._wait_for_turn(call, deadline_ns)
         try:
-            outcome = self._copier.copy_blocks(caches, pairs, deadline_ns)
+            outcome = self._copier.copy_blocks(cache, pairs, deadline_ns)
         finally:
             self._queue.release()
         self._report(call, outcome)
@@ -106,7 +103,7 @@ class LocalCopies:
     def swap_blocks(
         self,
         cache_id: int,
-        host_addresses: list[list[int]],
+        host_addresses: list[int],
         block_nbytes: int,
         src_blocks: list[int],
         dst_blocks: list[int],
@@ -118,8 +115,8 @@ class LocalCopies:
         ----------
         cache_id : int
             The cache.
-        host_addresses : list of list of int
-            For each device the address of each tensor.
+        host_addresses : list of int
+            Address of each tensor in host memory.
         block_nbytes : int
             Bytes of a block.
         src_blocks, dst_blocks : list of int
@@ -135,22 +132,21 @@ class LocalCopies:
         call = "swap_blocks"
         deadline_ns = self._deadline_ns()
         pairs = block_pairs(src_blocks, dst_blocks)
-        caches = self._find(call, cache_id)
+        cache = self._find(call, cache_id)
         if pairs.is_empty:
             return
-        _check_host_addresses(call, host_addresses, len(caches), caches[0].tensors)
-        _check_device_blocks(call, caches[0], pairs, block_nbytes, swap_in)
-        self._report(call, self._copier.swap_blocks(caches, host_addresses, pairs, block_nbytes, swap_in, deadline_ns))
+        _check_host_addresses(call, host_addresses, cache.tensors)
+        _check_device_blocks(call, cache, pairs, block_nbytes, swap_in)
+        self._report(call, self._copier.swap_blocks(cache, host_addresses, pairs, block_nbytes, swap_in, deadline_ns))
 
     def _deadline_ns(self) -> int:
         return time.monotonic_ns() + self._timeout_ms * 1_000_000
 
-    def _find(self, call: str, cache_id: int) -> list[LocalCache]:
-        caches = [table.by_id.get(cache_id) for table in self._tables]
-        found = [cache for cache in caches if cache is not None]
-        if len(found) != len(caches):
+    def _find(self, call: str, cache_id: int) -> LocalCache:
+        cache = self._table.by_id.get(cache_id)
+        if cache is None:
             raise no_cache(call, cache_id)
-        return found
+        return cache
 
     def _wait_for_turn(self, call: str, deadline_ns: int) -> None:
         left = (deadline_ns - time.monotonic_ns()) / 1e9
@@ -184,15 +180,12 @@ def _bytes_to_copy(call: str, src: LocalCache, dst: LocalCache, offset: int, siz
     return nbytes
 
 
-def _check_host_addresses(call: str, addresses: list[list[int]], devices: int, tensors: int) -> None:
-    if len(addresses) != devices:
-        raise invalid(call, f"the host cache is for {len(addresses)} devices, the device cache is on {devices}")
-    for device in addresses:
-        if len(device) != tensors:
-            raise invalid(call, f"the host cache has {len(device)} addresses, the device cache has {tensors} tensors")
-        for address in device:
-            if not 0 < address <= UINT64_MAX:
-                raise invalid(call, f"host address {address} is out of range, should be in [1, 2**64)")
+def _check_host_addresses(call: str, addresses: list[int], tensors: int) -> None:
+    if len(addresses) != tensors:
+        raise invalid(call, f"the host cache has {len(addresses)} addresses, the device cache has {tensors} tensors")
+    for address in addresses:
+        if not 0 < address <= UINT64_MAX:
+            raise invalid(call, f"host address {address} is out of range, should be in [1, 2**64)")
 
 
 def _check_device_blocks(call: str, cache: LocalCache, pairs: BlockPairs, block_nbytes: int, swap_in: bool) -> None:

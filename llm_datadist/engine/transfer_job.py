@@ -150,7 +150,7 @@ class TransferJob:
         if self._enter_synchronizer():
             try:
                 if not synchronize_layer(layer, None):
-                    _log.error("transfer ends: synchronize_layer(%d) says that the layer failed", layer)
+                    _log.warning("transfer ends: synchronize_layer(%d) says that the layer failed", layer)
                     return LLMStatusCode.LLM_PARAM_INVALID
             except BaseException:  # SystemExit too: it would end this thread without a word
                 _log.exception("transfer ends: synchronize_layer(%d) raised", layer)
@@ -159,7 +159,7 @@ class TransferJob:
                 stopping = self._leave_synchronizer()
             if not stopping:
                 return LLMStatusCode.LLM_SUCCESS
-        _log.error("transfer ends before layer %d: the instance is finalized", layer)
+        _log.warning("transfer ends before layer %d: the instance is finalized", layer)
         return LLMStatusCode.LLM_FAILED
 
     def _send(self, layer: int, index: int, push_layer: PushLayer) -> bool:
@@ -179,7 +179,7 @@ class TransferJob:
                 transfer.block_nbytes,
             )
         except LLMException as error:
-            _log.error("transfer of layer %d to cluster %d ends: %s", layer, cluster_id, error)
+            _log.warning("transfer of layer %d to cluster %d ends: %s", layer, cluster_id, error)
             self._results[index] = error.status_code
             return False
         except Exception:

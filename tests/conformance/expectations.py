@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,13 @@ OUT_OF_MEMORY = LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
 LINKED = (OK, [OK])
 INVALID_ID = 2**64 - 1
 LITTLE_S = 1.0  # what a call may take beyond its deadline on a busy machine
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for something that another thread or process does; fail if it does not come in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not reached within {seconds} s"
 
 
 def refused(code: LLMStatusCode, call: Callable[..., Any], *args: Any, match: str | None = None, **kwargs: Any) -> None:

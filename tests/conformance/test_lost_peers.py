@@ -44,12 +44,10 @@ def test_C160_a_killed_prompt(start: Start, start_remote: StartRemote, members: 
 
 
 def test_C161_a_killed_decoder(
-    options: Callable[..., dict[str, str]], start_remote: StartRemote, members: Members
+    start: Start, free_port: Callable[[], int], start_remote: StartRemote, members: Members
 ) -> None:
-    given = options(LLMRole.PROMPT)
-    port = int(given["llm.listenIpInfo"].split(":")[1])
-    prompt = LLMDataDist(LLMRole.PROMPT, PROMPT)
-    prompt.init(given)
+    port = free_port()
+    prompt = start(LLMRole.PROMPT, PROMPT, changes={"llm.listenIpInfo": f"127.0.0.1:{port}"})
     decoder = start_remote(members("decoder"), LLMRole.DECODER, DECODER)
     assert decoder.call(dd.link, PROMPT, port) == LINKED
     decoder.member.kill()
@@ -57,7 +55,6 @@ def test_C161_a_killed_decoder(
     again = start_remote(members("decoder again"), LLMRole.DECODER, DECODER)
     assert again.call(dd.link, PROMPT, port) == LINKED
     again.call(dd.check_link, PROMPT)
-    prompt.finalize()
 
 
 def test_C164_check_of_a_killed_prompt(start: Start, start_remote: StartRemote, members: Members) -> None:

@@ -18,7 +18,7 @@ NAMES = set(
     "KvCacheManager CacheDesc CacheKey CacheKeyByIdAndIndex KvCache Cache BlocksCacheKey LLMDataDist Placement "
     "RegisterMemStatus LayerSynchronizer TransferConfig CacheTask TransferWithCacheKeyConfig Memtype MemInfo".split()
 )
-EXTENDED_NAMES = {"Cache", "RegisterMemStatus", "Memtype", "MemInfo"}
+EXTENDED_NAMES = {"Cache"}  # of the cache-manager mode
 
 MODULES = {
     "status": "LLMStatusCode LLMException Status",
@@ -26,7 +26,7 @@ MODULES = {
     "data_type": "DataType",
     "tensor": "Tensor TensorDesc",
     "v2.llm_types": """CacheDesc CacheKey CacheKeyByIdAndIndex BlocksCacheKey KvCache Placement LayerSynchronizer
-    TransferConfig TransferWithCacheKeyConfig CacheTask""",
+    TransferConfig TransferWithCacheKeyConfig CacheTask RegisterMemStatus Memtype MemInfo""",
     "v2.llm_datadist": "LLMDataDist",
     "v2.kv_cache_manager": "KvCacheManager",
 }

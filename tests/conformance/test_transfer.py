@@ -17,11 +17,11 @@ from llm_datadist import (
     KvCache,
     KvCacheManager,
     LayerSynchronizer,
-    LLMDataDist,
     LLMRole,
     LLMStatusCode,
     TransferConfig,
 )
+from llm_datadist.introspection import describe_links
 from llm_datadist.views import tensor_view
 from tests import datadist_member as dd
 from tests.conformance.conftest import Serving, Start, StartRemote
@@ -35,6 +35,7 @@ from tests.conformance.expectations import (
     OK,
     TIMEOUT,
     outcome,
+    wait_until,
 )
 from tests.conformance.remote import DECODER, PROMPT, SENTINEL, SHAPE, SLOTS, STRIDE, payload_slot
 from tests.processes import Member
@@ -251,12 +252,6 @@ def is_pulling(state: dd.State) -> bool:
     return bool(state.get("pulling"))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-
-
 def test_C225_a_transfer_beside_pulls(
     serving: Serving, members: Callable[[str], Member], start_remote: StartRemote
 ) -> None:
@@ -285,13 +280,13 @@ def test_C225_a_transfer_beside_pulls(
 
 
 def test_C226_the_decoder_dies(
-    options: Callable[..., dict[str, str]], members: Callable[[str], Member], start_remote: StartRemote
+    start: Start, free_port: Callable[[], int], members: Callable[[str], Member], start_remote: StartRemote
 ) -> None:
-    given = options(LLMRole.PROMPT, sync_kv_timeout=1000)
-    prompt = LLMDataDist(LLMRole.PROMPT, PROMPT)
-    prompt.init(given)
+    """What is sent in the moment before the prompt learns of the death counts as sent."""
+    port = free_port()
+    address = {"llm.listenIpInfo": f"127.0.0.1:{port}"}
+    prompt = start(LLMRole.PROMPT, PROMPT, sync_kv_timeout=1000, changes=address)
     decoder = start_remote(members("decoder"), LLMRole.DECODER, DECODER)
-    port = int(given["llm.listenIpInfo"].split(":")[1])
     assert decoder.call(dd.link, PROMPT, port) == LINKED
     there = Destination(Serving(prompt, prompt.kv_cache_manager, decoder, port))
     died = []
@@ -300,6 +295,7 @@ def test_C226_the_decoder_dies(
         if layer == 1:
             decoder.member.kill()
             died.append(time.monotonic())
+            wait_until(lambda: [link.state for link in describe_links(prompt)] != ["LINKED"])
         return True
 
     cache = source_cache(prompt.kv_cache_manager)
@@ -309,4 +305,3 @@ def test_C226_the_decoder_dies(
     assert died
     assert time.monotonic() - died[0] < (LAYERS - 1) * 1.0 + LITTLE_S
     assert result not in (OK, None)
-    prompt.finalize()

@@ -318,7 +318,9 @@ def test_dimensions(manager: KvCacheManager) -> None:
 def test_memory_that_is_not_there(prompt: LLMDataDist, manager: KvCacheManager) -> None:
     held = manager.allocate_cache(desc(1, [POOL_BYTES // 4]))
     key = CacheKey(0, 1)
-    with pytest.raises(LLMException, match=f"wanted {POOL_BYTES} bytes, free {POOL_BYTES // 2} bytes, largest") as caught:
+    with pytest.raises(
+        LLMException, match=f"wanted {POOL_BYTES} bytes, free {POOL_BYTES // 2} bytes, largest"
+    ) as caught:
         manager.allocate_cache(desc(1, [POOL_BYTES // 2]), [key])
     assert caught.value.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
     assert pool_statistics(prompt).used == held.cache_desc.size

@@ -17,7 +17,9 @@ from llm_datadist import (
     DataType,
     KvCache,
     LayerSynchronizer,
+    LLMDataDist,
     LLMException,
+    LLMRole,
     LLMStatusCode,
     Placement,
     TransferConfig,
@@ -501,6 +503,20 @@ def test_a_decoder_does_not_transfer(pair: Pair) -> None:
     with pytest.raises(LLMException, match="is not supported by") as caught:
         pair.decoder.call(transfer, mine, [(PROMPT, addrs, None, 0)])
     assert caught.value.status_code is INVALID
+
+
+def test_several_devices_in_one_process(free_port: Callable[[], int]) -> None:
+    prompt = LLMDataDist(LLMRole.PROMPT, PROMPT)
+    listen = f"127.0.0.1:{free_port()};127.0.0.1:{free_port()}"
+    prompt.init({"ge.exec.deviceId": "0;1", "ge.flowGraphMemMaxSize": str(MIB), "llm.listenIpInfo": listen})
+    try:
+        manager = prompt.kv_cache_manager
+        cache = manager.allocate_cache(CacheDesc(2, SHAPE, DataType.DT_UINT8))
+        steps = Steps(cache, {}, (), None)
+        task = manager.transfer_cache_async(cache, steps, [TransferConfig(DECODER, [0, 0])])
+        assert task.get_results(10_000) == [LLMStatusCode.LLM_FEATURE_NOT_ENABLED]
+    finally:
+        prompt.finalize()
 
 
 # ---- beside other calls
