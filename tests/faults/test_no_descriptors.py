@@ -34,15 +34,14 @@ def test_a_server_without_descriptors(members: Callable[[str], Member]) -> None:
     prompt, decoder = members("prompt"), members("decoder")
     (port,) = prompt.call(many_engines.open_prompts, [PROMPT])
     decoder.call(many_engines.open_decoders, [DECODER])
-    for left in range(-3, 5):
+    for left in range(5):
         prompt.call(take_descriptors, left)
         before = prompt.call(cpu_seconds)
         started = time.monotonic()
-        ((overall, each),) = decoder.call(many_engines.link_from_each, [DECODER], PROMPT, port, 500)
+        ((overall, _),) = decoder.call(many_engines.link_from_each, [DECODER], PROMPT, port, 500)
         assert time.monotonic() - started < 1.5
-        assert prompt.call(cpu_seconds) - before < 9.25, "the server runs in circles"
+        assert prompt.call(cpu_seconds) - before < 0.25, "the server runs in circles"
         prompt.call(give_descriptors_back)
-        print(left, overall, each, prompt.call(cpu_seconds) - before)
         if overall is OK:
             break
         assert overall is LLMStatusCode.LLM_LINK_FAILED
