@@ -9,6 +9,7 @@ from llm_datadist.buf_pool_option import KEY as BUF_POOL
 from llm_datadist.buf_pool_option import parse_buf_pool
 from llm_datadist.cluster_info_option import CLUSTER_INFO, own_cluster
 from llm_datadist.engine.options import EngineOptions, SizeClass
+from llm_datadist.known_options import warn_of_unknown
 from llm_datadist.option_text import is_decimal, option_number, option_text
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument, LLMException, LLMStatusCode
@@ -58,6 +59,7 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
         that is not available.
     """
     check_isinstance("options", options, dict, allow_none=False)
+    warn_of_unknown(options)
     pool_bytes = _pool_bytes(options)
     _refuse_cache_manager(options)
     cluster = own_cluster(role, cluster_id, options)
