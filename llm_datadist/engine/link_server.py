@@ -40,6 +40,7 @@ _log = logging.getLogger("llm_datadist.link")
 
 MAX_SET_UPS = 16  # at one time on a server, documented
 _MAX_WAITING = 1024  # Hellos in line; more is no engine that links but a mistake or an attack
+_MAX_SET_UP_SECONDS = 60.0  # whatever a client claims: it holds one of few places
 _STRANGER_SECONDS = 5.0  # for a connection to present its token
 _CLOSE_SECONDS = 1.0  # for the listener to be gone
 
@@ -147,7 +148,7 @@ class LinkServer:
         self._loop.reply(peer, encode(message))
 
     def _on_hello(self, peer: bytes, hello: Hello) -> None:
-        deadline = time.monotonic() + min(max(hello.timeout_ms, 1), 2**31) / 1000
+        deadline = time.monotonic() + min(max(hello.timeout_ms, 1) / 1000, _MAX_SET_UP_SECONDS)
         if not self._has_place():
             if len(self._waiting) < _MAX_WAITING:
                 self._waiting.append((peer, hello, deadline))
