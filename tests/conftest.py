@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,11 @@ import pytest
 from llm_datadist.cluster.local import LocalGroup
 from tests.leaks import resources
 from tests.processes import Member
+
+pytest_plugins = ["tests.hang_guard"]
+
+# A runner in the background may have been started with Ctrl-C ignored, and so would be the programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LATE_CLOSE_S = 5.0  # for threads and peers that are on their way out when the test ends
 FAILED = pytest.StashKey[bool]()
