@@ -1,7 +1,7 @@
-from llm_datadist._core import PeerMemory
 from llm_datadist._local import BlockPairs, LocalCache
+from llm_datadist._pull import PeerSource
 
-class PeerTarget(PeerMemory):
+class PeerTarget(PeerSource):
     def push(
         self,
         source: LocalCache,

@@ -11,15 +11,16 @@ from llm_datadist._atomics cimport fence_full, fetch_sub, load_acquire
 from llm_datadist._copy cimport COPIED, COPY_TIMED_OUT, CopyOutcome, Gate, Plan, Run, execute, join_run, stopped
 from llm_datadist._core cimport (
     CACHE_ID, CACHE_RELEASED, DONE, HAZARDS, KEY_UNKNOWN, NO_MEMORY, SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS,
-    TARGET_ADDRESS, TIMED_OUT, Found, Outcome, PeerMemory,
+    TARGET_ADDRESS, TIMED_OUT, Found, Outcome,
 )
 from llm_datadist._local cimport BlockPairs, LocalCache
+from llm_datadist._pull cimport PeerSource
 
 from llm_datadist._core import TransferFault
 
 
-cdef class PeerTarget(PeerMemory):
-    """A linked peer that this process pushes into; its pool is mapped writable."""
+cdef class PeerTarget(PeerSource):
+    """A linked peer that this process pushes into, as well as pulls from; for pushes its pool is mapped writable."""
 
     cdef uint64_t _last_found   # where the last address was found: the next one mostly lies in the same cache
 

@@ -7,7 +7,7 @@ import time
 from typing import NamedTuple
 
 from llm_datadist.engine.link_state import LinkEvent, LinkState, LinkStatus
-from llm_datadist.transports.base import Grant, Puller, Pusher
+from llm_datadist.transports.base import End, Grant
 
 _CLOSE_SECONDS = 1.0  # a running copy looks up at least every millisecond
 
@@ -41,7 +41,7 @@ class Link:
         Which run of the remote process it is.
     address : ClusterAddress or None
         What the client linked to; None on the server's side.
-    end : Puller or Pusher
+    end : End
         What this process does to the peer: the client pulls, the server pushes.
     grant : Grant
         What the peer may do to the caches of this process.
@@ -54,7 +54,7 @@ class Link:
         cluster_id: int,
         token: bytes,
         instance: bytes,
-        end: Puller | Pusher,
+        end: End,
         grant: Grant,
         connection: socket.socket,
         address: ClusterAddress | None = None,

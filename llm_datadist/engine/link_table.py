@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from typing import Callable, NamedTuple, cast
+from typing import Callable, NamedTuple
 
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.control.messages import Hello, Refuse
@@ -13,7 +13,7 @@ from llm_datadist.engine.failures import failure
 from llm_datadist.engine.link import Link
 from llm_datadist.engine.link_state import LinkState
 from llm_datadist.status import LLMStatusCode
-from llm_datadist.transports.base import Puller, Pusher
+from llm_datadist.transports.base import End
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -80,21 +80,21 @@ class LinkTable:
             raise failure(call, LLMStatusCode.LLM_NOT_YET_LINK, reason)
         return link
 
-    def puller(self, call: str, cluster_id: int) -> Puller:
+    def puller(self, call: str, cluster_id: int) -> End:
         """Give the pulling end of a link; that of a broken link fails by itself. Raises as `get` does."""
         link = self.get(call, cluster_id)
         if not link.opened_here:
             reason = f"cluster {cluster_id} has linked to this process, not the other way round"
             raise failure(call, LLMStatusCode.LLM_NOT_YET_LINK, reason)
-        return cast(Puller, link.end)
+        return link.end
 
-    def pusher(self, call: str, cluster_id: int) -> Pusher:
+    def pusher(self, call: str, cluster_id: int) -> End:
         """Give the pushing end of a link; that of a broken link fails by itself. Raises as `get` does."""
         link = self.get(call, cluster_id)
         if link.opened_here:
             reason = f"this process has linked to cluster {cluster_id}, not the other way round"
             raise failure(call, LLMStatusCode.LLM_NOT_YET_LINK, reason)
-        return cast(Pusher, link.end)
+        return link.end
 
     def describe(self) -> list[LinkDescription]:
         """List every link, also broken ones."""

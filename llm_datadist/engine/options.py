@@ -27,6 +27,36 @@ class SizeClass:
 
 
 @dataclass(frozen=True)
+class CacheManagerOptions:
+    """What an instance in cache-manager mode has beyond the others.
+
+    Attributes
+    ----------
+    remote_access : bool
+        Whether peers see only caches that were registered or allocated as accessible, and may push into these.
+    device_pool_bytes, host_pool_bytes : int
+        Sizes of the pools that caches of either placement are allocated in; 0 = none.
+    device_page_bytes, host_page_bytes : int
+        Units that allocations in the pools are rounded up to, powers of two.
+    link_total_time_s : int
+        Seconds for setting a link up, retries included; 0 = ``HCCL_CONNECT_TIMEOUT``, else 120.
+    link_retry_count : int
+        Attempts of setting a link up, at least 1.
+    has_backend : bool
+        Whether a transfer backend was asked for: links through a communicator are not available then.
+    """
+
+    remote_access: bool = False
+    device_pool_bytes: int = 0
+    host_pool_bytes: int = 0
+    device_page_bytes: int = 1 << 16
+    host_page_bytes: int = 1 << 16
+    link_total_time_s: int = 0
+    link_retry_count: int = 1
+    has_backend: bool = False
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Options of one initialised instance.
 
@@ -46,6 +76,9 @@ class EngineOptions:
         Whether the role may change later.
     buf_pool_classes : tuple of SizeClass
         Size classes of the pool; empty = a general pool.
+    cache_manager : CacheManagerOptions or None
+        What belongs to the cache-manager mode; None in KV mode. With it `pool_bytes` and `buf_pool_classes` have no
+        meaning, and any role may listen.
     """
 
     role: LLMRole
@@ -56,3 +89,4 @@ class EngineOptions:
     pool_bytes: int | None = None
     enable_switch_role: bool = False
     buf_pool_classes: tuple[SizeClass, ...] = ()
+    cache_manager: CacheManagerOptions | None = None

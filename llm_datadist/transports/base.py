@@ -35,10 +35,6 @@ class End(Protocol):
     def close(self, deadline_ns: int) -> bool:
         """End running transfers and close; tells whether everything ended by the deadline (monotonic clock)."""
 
-
-class Puller(End, Protocol):
-    """The client's end."""
-
     def pull_cache(
         self,
         target: LocalCache,
@@ -71,10 +67,6 @@ class Puller(End, Protocol):
         deadline_ns: int,
     ) -> None:
         """Copy blocks of the remote blocks cache of a model into local blocks."""
-
-
-class Pusher(End, Protocol):
-    """The server's end."""
 
     def push(
         self,

@@ -10,11 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from typing import TypeVar
 
-from llm_datadist._core import PeerMemory
 from llm_datadist._directory import Claims, Directory
-from llm_datadist._pull import PeerSource
 from llm_datadist._push import PeerTarget
 from llm_datadist._segment import Segment
 from llm_datadist.transports import rendezvous
@@ -22,28 +19,15 @@ from llm_datadist.transports import rendezvous
 NAME = "shared_memory"
 NUM_DESCRIPTORS = 4
 
-_End = TypeVar("_End", bound=PeerMemory)
 
-
-class SharedMemoryPuller(PeerSource):
-    """The client's end: pulls out of the server's pool."""
+class SharedMemoryEnd(PeerTarget):
+    """One end of a link: pulls out of the peer's pool, and pushes into it if it is mapped writable."""
 
     name = NAME
 
 
-class SharedMemoryPusher(PeerTarget):
-    """The server's end: pushes into the client's pool."""
-
-    name = NAME
-
-
-def attach_source(descriptors: list[int]) -> SharedMemoryPuller:
-    """Map what a server granted; takes over the descriptors, also when it fails. Raises as `attach_target`."""
-    return _attach(SharedMemoryPuller, descriptors, pool_writable=False)
-
-
-def attach_target(descriptors: list[int]) -> SharedMemoryPusher:
-    """Map what a client granted; takes over the descriptors, also when it fails.
+def attach(descriptors: list[int], *, pool_writable: bool) -> SharedMemoryEnd:
+    """Map what a peer granted; takes over the descriptors, also when it fails.
 
     Raises
     ------
@@ -52,16 +36,12 @@ def attach_target(descriptors: list[int]) -> SharedMemoryPusher:
     OSError
         The kernel refuses a mapping.
     """
-    return _attach(SharedMemoryPusher, descriptors, pool_writable=True)
-
-
-def _attach(end: type[_End], descriptors: list[int], *, pool_writable: bool) -> _End:
     left = list(descriptors)
     segments: list[Segment] = []
     try:
         for writable in (pool_writable, False, True, True):
             segments.append(Segment.attach(left.pop(0), writable=writable))
-        return end(*segments)
+        return SharedMemoryEnd(*segments)
     except BaseException:
         for segment in segments:
             segment.close()

@@ -23,7 +23,7 @@ from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.transports import rendezvous
-from llm_datadist.transports.shared_memory import NUM_DESCRIPTORS, SharedMemoryGrant, SharedMemoryPuller, attach_source
+from llm_datadist.transports.shared_memory import NUM_DESCRIPTORS, SharedMemoryEnd, SharedMemoryGrant, attach
 
 PULLS = 1_000_000
 READERS = 3
@@ -51,7 +51,7 @@ def is_whole(words: Words, number: int) -> bool:
 def read(connection: Connection, address: str, seed: int, pulls: int) -> None:
     """Child: pull random keys and check every word of what arrives."""
     meeting = rendezvous.connect(address, 10)
-    peer = attach_source(rendezvous.receive_descriptors(meeting, rendezvous.GRANTED, NUM_DESCRIPTORS))
+    peer = attach(rendezvous.receive_descriptors(meeting, rendezvous.GRANTED, NUM_DESCRIPTORS), pool_writable=False)
     memory = Segment.create("test:reader", 2 * SLOT_BYTES, peers_may_write=False)
     target = LocalCache(1, memory.address, SLOT_BYTES, SLOT_BYTES, SLOT_BYTES, 2, 1)
     words = np.frombuffer(memoryview(memory)[: 2 * SLOT_BYTES], np.uint64).reshape(2, WORDS)
@@ -67,7 +67,7 @@ def read(connection: Connection, address: str, seed: int, pulls: int) -> None:
 
 
 def pull_many(
-    peer: SharedMemoryPuller, target: LocalCache, words: Words, choice: random.Random, pulls: int
+    peer: SharedMemoryEnd, target: LocalCache, words: Words, choice: random.Random, pulls: int
 ) -> Counter[str]:
     counts: Counter[str] = Counter()
     for _ in range(pulls):
