@@ -1,11 +1,16 @@
-"""Copy engine: carries out a plan of tensors x runs without the interpreter lock.
+"""Copy engine: carries out a plan of tensors x runs without the interpreter lock, in one thread or in several.
 
-A plan names addresses in this process; where they come from (a pool, a peer's mapping, registered tensors) is the
-caller's business, and so is the check that they may be touched. Bytes are moved in chunks, and the gate is read
-between two chunks, so that a deadline, a dead peer or a closing link ends a copy within about a millisecond.
+A plan names addresses in this process, or on one side in another one; where they come from (a pool, a peer's mapping,
+registered tensors) is the caller's business, and so is the check that they may be touched. Bytes are moved in chunks,
+and the gate is read between two chunks, so that a deadline, a dead peer or a closing link ends a copy within about a
+millisecond.
+
+Memory of another process is read and written through the kernel (process_vm_readv(2)): one-sided, the other process
+takes no part in it and need not even run.
 """
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.errno cimport EFAULT, EPERM, ESRCH, errno
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
@@ -15,6 +20,28 @@ cdef extern from "stream_copy.h" nogil:
     void stream_copy(void *target, const void *source, size_t nbytes)
     void stream_fence()
 
+cdef extern from "pthread.h" nogil:
+    ctypedef struct pthread_attr_t:
+        pass
+    ctypedef unsigned long pthread_t
+    int pthread_create(
+        pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *) noexcept nogil, void *argument
+    )
+    int pthread_join(pthread_t thread, void **result)
+
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(
+        int pid, const iovec *local, unsigned long num_local, const iovec *remote, unsigned long num_remote,
+        unsigned long flags,
+    )
+    ssize_t process_vm_writev(
+        int pid, const iovec *local, unsigned long num_local, const iovec *remote, unsigned long num_remote,
+        unsigned long flags,
+    )
+
 # Bytes between two looks at the gate: long enough that the look (about 30 ns) does not show, short enough that a
 # deadline is met within a fraction of a millisecond.
 cdef uint64_t CHUNK = 1 << 20
@@ -23,6 +50,11 @@ cdef uint64_t CHUNK = 1 << 20
 # plain copy of warm buffers is faster; above it a stream copy moved 15 to 17 GB/s where a plain one moved 8 to 10
 # (one core of an AMD EPYC).
 cdef uint64_t STREAM_FROM = 4 << 20
+
+cdef enum:
+    MAX_THREADS = 16          # a few cores fill the memory bus
+    SHARE_BYTES = 4 << 20     # a thread with less to copy costs more than it brings
+    VECTORS = 256             # ranges in one call to the kernel, of the 1024 (IOV_MAX) that it takes; more brings nothing
 
 
 cdef bint stopped(const Gate *gate) noexcept nogil:
@@ -35,48 +67,195 @@ cdef bint stopped(const Gate *gate) noexcept nogil:
 
 cdef CopyOutcome execute(const Plan *plan, const Gate *gate) noexcept nogil:
     """Copy the whole plan, or as much of it as the gate allows."""
-    cdef bint streaming = _bytes_of(plan) >= STREAM_FROM
-    cdef CopyOutcome outcome = _execute(plan, gate, streaming)
+    return _execute_part(plan, gate, 0, _bytes_of(plan))
+
+
+cdef uint64_t _bytes_of_tensor(const Plan *plan) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef uint64_t r
+    for r in range(plan.num_runs):
+        total += plan.runs[r].nbytes
+    return total
+
+
+cdef uint64_t _bytes_of(const Plan *plan) noexcept nogil:
+    return _bytes_of_tensor(plan) * plan.tensors
+
+
+# ---- one thread
+
+# Where a part of a plan stands: the runs of the first tensor, then those of the next, as one sequence of bytes.
+cdef struct Cursor:
+    uint64_t tensor
+    uint64_t run
+    uint64_t done             # bytes of the run that are behind us
+    uint64_t left             # bytes of the part that are before us
+
+
+cdef struct Piece:
+    uint64_t source
+    uint64_t target
+    uint64_t nbytes
+
+
+cdef Cursor _start_at(const Plan *plan, uint64_t begin, uint64_t end) noexcept nogil:
+    cdef Cursor at
+    cdef uint64_t per_tensor = _bytes_of_tensor(plan)
+    cdef uint64_t skip
+    at.run = 0
+    at.left = end - begin
+    at.tensor = begin // per_tensor if per_tensor != 0 else 0
+    skip = begin - at.tensor * per_tensor
+    while at.left != 0 and skip >= plan.runs[at.run].nbytes:
+        skip -= plan.runs[at.run].nbytes
+        at.run += 1
+    at.done = skip
+    return at
+
+
+cdef Piece _next_piece(const Plan *plan, Cursor *at, uint64_t most) noexcept nogil:
+    """Take up to `most` bytes that lie together on both sides; the part must not be at its end."""
+    cdef Piece piece
+    cdef const Run *run = &plan.runs[at.run]
+    piece.source = plan.sources[at.tensor] + run.source + at.done
+    piece.target = plan.targets[at.tensor] + run.target + at.done
+    piece.nbytes = min(run.nbytes - at.done, at.left, most)
+    at.done += piece.nbytes
+    at.left -= piece.nbytes
+    while at.left != 0 and at.done == plan.runs[at.run].nbytes:
+        at.done = 0
+        at.run += 1
+        if at.run == plan.num_runs:
+            at.run = 0
+            at.tensor += 1
+    return piece
+
+
+cdef CopyOutcome _execute_part(const Plan *plan, const Gate *gate, uint64_t begin, uint64_t end) noexcept nogil:
+    """Copy the bytes from `begin` to `end` of the plan."""
+    cdef Cursor at = _start_at(plan, begin, end)
+    cdef bint streaming
+    cdef CopyOutcome outcome
+    if stopped(gate):
+        return COPY_STOPPED
+    if plan.carrier != IN_PROCESS:
+        return _copy_between_processes(plan, gate, &at)
+    streaming = _bytes_of(plan) >= STREAM_FROM
+    outcome = _copy_in_process(plan, gate, &at, streaming)
     if streaming:
         stream_fence()
     return outcome
 
 
-cdef uint64_t _bytes_of(const Plan *plan) noexcept nogil:
-    cdef uint64_t total = 0
-    cdef uint64_t r
-    for r in range(plan.num_runs):
-        total += plan.runs[r].nbytes
-    return total * plan.tensors
-
-
-cdef CopyOutcome _execute(const Plan *plan, const Gate *gate, bint streaming) noexcept nogil:
+cdef CopyOutcome _copy_in_process(const Plan *plan, const Gate *gate, Cursor *at, bint streaming) noexcept nogil:
     cdef uint64_t budget = CHUNK
-    cdef uint64_t t, r, source, target, left, piece
-    if stopped(gate):
-        return COPY_STOPPED
-    for t in range(plan.tensors):
-        for r in range(plan.num_runs):
-            source = plan.sources[t] + plan.runs[r].source
-            target = plan.targets[t] + plan.runs[r].target
-            left = plan.runs[r].nbytes
-            while left != 0:
-                piece = left if left < budget else budget
-                if streaming:
-                    stream_copy(<void *>target, <const void *>source, piece)
-                else:
-                    memcpy(<void *>target, <const void *>source, piece)
-                source += piece
-                target += piece
-                left -= piece
-                budget -= piece
-                if budget == 0:
-                    budget = CHUNK
-                    if stopped(gate):
-                        return COPY_STOPPED
-                    if monotonic_ns() > gate.deadline_ns:
-                        return COPY_TIMED_OUT
+    cdef Piece piece
+    while at.left != 0:
+        piece = _next_piece(plan, at, budget)
+        if streaming:
+            stream_copy(<void *>piece.target, <const void *>piece.source, piece.nbytes)
+        else:
+            memcpy(<void *>piece.target, <const void *>piece.source, piece.nbytes)
+        budget -= piece.nbytes
+        if budget == 0 and at.left != 0:
+            budget = CHUNK
+            if stopped(gate):
+                return COPY_STOPPED
+            if monotonic_ns() > gate.deadline_ns:
+                return COPY_TIMED_OUT
     return COPIED
+
+
+cdef CopyOutcome _copy_between_processes(const Plan *plan, const Gate *gate, Cursor *at) noexcept nogil:
+    cdef iovec local[VECTORS]
+    cdef iovec remote[VECTORS]
+    cdef bint reading = plan.carrier == READ_PROCESS
+    cdef uint64_t budget
+    cdef unsigned long count
+    cdef ssize_t moved
+    cdef Piece piece
+    while at.left != 0:
+        count = 0
+        budget = CHUNK
+        while at.left != 0 and budget != 0 and count < VECTORS:
+            piece = _next_piece(plan, at, budget)
+            local[count].iov_base = <void *>(piece.target if reading else piece.source)
+            remote[count].iov_base = <void *>(piece.source if reading else piece.target)
+            local[count].iov_len = remote[count].iov_len = piece.nbytes
+            budget -= piece.nbytes
+            count += 1
+        if reading:
+            moved = process_vm_readv(plan.pid, local, count, remote, count, 0)
+        else:
+            moved = process_vm_writev(plan.pid, local, count, remote, count, 0)
+        if moved < 0:
+            return COPY_NO_PROCESS if errno == ESRCH else COPY_DENIED if errno == EPERM else COPY_FAULT
+        if <uint64_t>moved != CHUNK - budget:
+            return COPY_FAULT  # it stops at the first page that is not there
+        if stopped(gate):
+            return COPY_STOPPED
+        if at.left != 0 and monotonic_ns() > gate.deadline_ns:
+            return COPY_TIMED_OUT
+    return COPIED
+
+
+# ---- several threads
+
+cdef struct Share:
+    const Plan *plan
+    const Gate *gate
+    uint64_t begin
+    uint64_t end
+    CopyOutcome outcome
+
+
+cdef CopyOutcome execute_shared(const Plan *plan, const Gate *gate, uint64_t threads, bint in_order) noexcept nogil:
+    """Carry a plan out, in several threads if it is large; with `in_order` the runs of a tensor one after the other."""
+    cdef Share shares[MAX_THREADS]
+    cdef pthread_t handles[MAX_THREADS]
+    cdef bint started[MAX_THREADS]
+    cdef CopyOutcome outcome
+    cdef uint64_t total = _bytes_of(plan)
+    cdef uint64_t i
+    threads = min(threads, <uint64_t>MAX_THREADS, total // SHARE_BYTES)
+    if in_order:
+        threads = min(threads, plan.tensors)
+    if threads < 2:
+        return _execute_part(plan, gate, 0, total)
+    for i in range(threads):
+        shares[i].plan = plan
+        shares[i].gate = gate
+        shares[i].begin = _boundary(plan, total, i, threads, in_order)
+        shares[i].end = _boundary(plan, total, i + 1, threads, in_order)
+    for i in range(1, threads):
+        started[i] = pthread_create(&handles[i], NULL, _copy_share, &shares[i]) == 0
+    _copy_share(&shares[0])
+    outcome = shares[0].outcome
+    for i in range(1, threads):
+        if started[i]:
+            pthread_join(handles[i], NULL)
+        else:
+            _copy_share(&shares[i])  # no thread to be had: the copy is only slower
+        if shares[i].outcome != COPIED:
+            outcome = shares[i].outcome
+    return outcome
+
+
+cdef uint64_t _boundary(
+    const Plan *plan, uint64_t total, uint64_t i, uint64_t threads, bint in_order
+) noexcept nogil:
+    """Where share i begins: between two tensors if order counts, else anywhere, but not inside of a cache line."""
+    if i == threads:
+        return total
+    if in_order:
+        return _bytes_of_tensor(plan) * (plan.tensors * i // threads)
+    return total // threads * i // 64 * 64
+
+
+cdef void *_copy_share(void *argument) noexcept nogil:
+    cdef Share *share = <Share *>argument
+    share.outcome = _execute_part(share.plan, share.gate, share.begin, share.end)
+    return NULL
 
 
 cdef uint64_t join_run(Run *runs, uint64_t num_runs, uint64_t source, uint64_t target, uint64_t nbytes) noexcept nogil:
@@ -93,8 +272,11 @@ cdef uint64_t join_run(Run *runs, uint64_t num_runs, uint64_t source, uint64_t t
     return num_runs + 1
 
 
-def copy_runs(list sources not None, list targets not None, list runs not None, uint64_t deadline_ns):
-    """Copy bytes between addresses of this process.
+def copy_runs(
+    list sources not None, list targets not None, list runs not None, uint64_t deadline_ns, *, int pid=0,
+    bint writing=False, uint64_t threads=1,
+):
+    """Copy bytes between addresses of this process, or between this process and another one.
 
     Parameters
     ----------
@@ -104,11 +286,18 @@ def copy_runs(list sources not None, list targets not None, list runs not None, 
         Offset in the source tensor, offset in the target tensor, bytes. Neighbouring runs are joined.
     deadline_ns : int
         End of the time allowed, on the clock of ``time.monotonic_ns``.
+    pid : int
+        Other process, whose memory the sources are in; 0 = none.
+    writing : bool
+        The targets are in the other process, and the sources in this one.
+    threads : int
+        Threads that the copy may use, the caller's included.
 
     Returns
     -------
     int
-        0 when everything was copied, 1 when the deadline passed first (a part may have been copied).
+        0 when everything was copied; 1 when the deadline passed first; 3, 4, 5 when memory is not mapped, the process
+        is gone, or the kernel denies the access. A part may have been copied then.
     """
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} source tensors but {len(targets)} target tensors")
@@ -128,11 +317,18 @@ def copy_runs(list sources not None, list targets not None, list runs not None, 
             addresses[i] = sources[i]
             addresses[tensors + i] = targets[i]
         for source, target, nbytes in runs:
-            used = join_run(joined, used, source, target, nbytes)
-        plan = Plan(sources=addresses, targets=addresses + tensors, tensors=tensors, runs=joined, num_runs=used)
+            if nbytes:
+                used = join_run(joined, used, source, target, nbytes)
+        plan.sources = addresses
+        plan.targets = addresses + tensors
+        plan.tensors = tensors
+        plan.runs = joined
+        plan.num_runs = used
+        plan.carrier = IN_PROCESS if pid == 0 else WRITE_PROCESS if writing else READ_PROCESS
+        plan.pid = pid
         gate = Gate(deadline_ns=deadline_ns, peer_dead=NULL, revoked=NULL, closing=NULL)
         with nogil:
-            outcome = execute(&plan, &gate)
+            outcome = execute_shared(&plan, &gate, threads, False)
         return <int>outcome
     finally:
         PyMem_Free(addresses)

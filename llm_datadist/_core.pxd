@@ -4,6 +4,7 @@
 #       DirectoryHeader, padded to a page
 #       buckets[num_buckets]              version << 32 | index of the first entry + 1
 #       entries[num_entries]              DirectoryEntry
+#       tables                            addresses of tensors that do not follow each other; seals of blocks
 #   ledger segment      written by the owner and by every linked peer
 #       LedgerHeader, padded to a page    hints: which ordinary keys were pulled
 #       hint leaves                       one bit an entry
@@ -15,23 +16,30 @@
 
 from libc.stdint cimport uint64_t
 
-from llm_datadist._copy cimport Gate
+from llm_datadist._copy cimport Gate, Plan
 from llm_datadist._segment cimport Segment
 
 cdef enum:
     HEADER_BYTES = 4096
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
     MAX_ENTRIES = 1 << 18     # 64 * 64 * 64: the hints have three levels
     HAZARDS = 32              # pulls that may run on one link at the same time
     RECORD_WORDS = 7          # pulled-tensor words inside a LedgerRecord
     TENSORS_PER_WORD = 48     # the upper 16 bits of such a word tell the generation
     OVERFLOW_BYTES = 1 << 24
+    TABLE_BYTES = 1 << 26     # pages are taken as tables are written
 
 cdef enum Kind:
     ORDINARY_KEY = 1          # key_id = req_id
     PREFIX_KEY = 2            # key_id = prefix_id
     BLOCKS_KEY = 3            # key_id = 0
     CACHE_ID = 4              # key_id = cache id, model_id = 0
+
+cdef enum EntryFlag:
+    SCATTERED = 1             # base is the offset in the tables of the address of each tensor, as its owner sees it
+    PRIVATE = 2               # scattered, and not all addresses are in the pool: memory of the owner alone
+    REGISTERED = 4            # memory of the owner's program: a pull never releases a key
+    HIDDEN = 8                # peers may not touch it
 
 cdef struct DirectoryHeader:
     uint64_t magic
@@ -50,16 +58,17 @@ cdef struct DirectoryEntry:   # 128 bytes, two cache lines
     uint64_t model_id
     uint64_t next             # index of the next entry of the bucket + 1
     uint64_t cache_id
-    uint64_t base             # offset of the first tensor in the pool
-    uint64_t step             # bytes from one tensor to the next
+    uint64_t base             # offset of the first tensor in the pool, unless it is SCATTERED
+    uint64_t step             # bytes from one tensor to the next, unless it is SCATTERED
     uint64_t tensor_nbytes
     uint64_t stride           # bytes of one slot
     uint64_t tensors
     uint64_t slots
     uint64_t slot             # slot that an ordinary or prefix key names
     uint64_t sibling          # index of the next key entry of the same cache + 1; starts at the CACHE_ID entry
-    uint64_t pulled_at        # offset of the pulled-tensor words in the ledger
-    uint64_t reserved
+    uint64_t annex            # ORDINARY_KEY: offset of the pulled-tensor words in the ledger
+                              # CACHE_ID and BLOCKS_KEY: offset in the tables of the seals of the blocks + 1, 0 = none
+    uint64_t flags            # EntryFlag
 
 cdef struct LedgerHeader:
     uint64_t top              # bit i: summary[i] is not zero
@@ -84,6 +93,9 @@ cdef inline uint64_t claim_magic() noexcept nogil:
     return 0x4C4C4D44434C4D31ULL  # "LLMDCLM1"
 
 cdef inline uint64_t directory_bytes(uint64_t num_buckets, uint64_t num_entries) noexcept nogil:
+    return tables_offset(num_buckets, num_entries) + TABLE_BYTES
+
+cdef inline uint64_t tables_offset(uint64_t num_buckets, uint64_t num_entries) noexcept nogil:
     return HEADER_BYTES + num_buckets * sizeof(uint64_t) + num_entries * sizeof(DirectoryEntry)
 
 cdef inline uint64_t leaves_offset() noexcept nogil:
@@ -130,6 +142,27 @@ cpdef enum Outcome:
     BAD_DIRECTORY = 13        # the peer's directory points outside of its pool
     NO_MEMORY = 14
     TARGET_ADDRESS = 15       # an address lies in no cache of the peer, or the bytes would run over its end
+    STALE_BLOCKS = 16         # a block is not, or no longer, what the token was given out for
+    MEMORY_FAULT = 17         # registered memory is not mapped, here or at the peer
+    MEMORY_DENIED = 18        # private memory of the peer can only be reached through its data server
+    TARGET_READ_ONLY = 19     # the peer's pool is not shared for writing
+    TARGET_TENSORS = 20       # tensor indices of a push do not exist at the peer
+    TARGET_BLOCK = 21         # nor does a block or slot
+    TARGET_RANGE = 22         # a slot is larger than the one that it is pushed into
+
+
+# What a token of sealed blocks says; see `_directory.Directory.seal`.
+cdef struct Seal:
+    uint64_t magic
+    uint64_t cache_id
+    uint64_t generation
+    uint64_t expires_ns       # monotonic clock of the owner; 0 = never
+
+
+cdef inline uint64_t seal_magic() noexcept nogil:
+    return 0x4C4C4D4453454C31ULL  # "LLMDSEL1"
+
+cdef int read_token(bytes token, Seal *seal) except -1
 
 
 # Where an entry was found and what was read of it in one consistent look.
@@ -153,10 +186,15 @@ cdef class PeerMemory:
     cdef ClaimPage *_claim
     cdef uint64_t _num_buckets
     cdef uint64_t _num_entries
+    cdef const uint64_t *_tables
+    cdef int _pid                         # of the peer; 0 = its private memory is out of reach
+    cdef int _pidfd                       # readable when the peer has ended; -1 = none
+    cdef uint64_t _threads                # that one copy may use
     cdef uint64_t _peer_dead
     cdef uint64_t _closing
     cdef uint64_t _running                # transfers inside this object
 
+    cdef int _close_pidfd(self) except -1
     cdef Outcome _enter(self) noexcept nogil
     cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil
     cdef Outcome _why_stopped(self) noexcept nogil
@@ -169,6 +207,15 @@ cdef class PeerMemory:
     ) noexcept nogil
     cdef bint _read_entry(self, uint64_t index, DirectoryEntry *out) noexcept nogil
     cdef bint _is_sound(self, const DirectoryEntry *entry) noexcept nogil
+    cdef bint _is_table(self, uint64_t offset, uint64_t words) noexcept nogil
+    cdef Outcome _addresses(
+        self, const DirectoryEntry *entry, uint64_t first, uint64_t count, uint64_t *out
+    ) noexcept nogil
+    cdef Outcome _carry(self, Plan *plan, bint private, bint writing, const Gate *gate) noexcept nogil
+    cdef bint _peer_has_ended(self) noexcept nogil
+    cdef bint _is_sealed(
+        self, const DirectoryEntry *entry, const Seal *seal, const uint64_t *blocks, uint64_t count
+    ) noexcept nogil
     cdef bint _is_consumed(self, const Found *found) noexcept nogil
     cdef bint _take_hazard(self, uint64_t cache_id, const Gate *gate, uint64_t *hazard) noexcept nogil
     cdef void _drop_hazard(self, uint64_t hazard) noexcept nogil

@@ -19,6 +19,13 @@ class Outcome(IntEnum):
     BAD_DIRECTORY = 13
     NO_MEMORY = 14
     TARGET_ADDRESS = 15
+    STALE_BLOCKS = 16
+    MEMORY_FAULT = 17
+    MEMORY_DENIED = 18
+    TARGET_READ_ONLY = 19
+    TARGET_TENSORS = 20
+    TARGET_BLOCK = 21
+    TARGET_RANGE = 22
 
 class TransferFault(Exception):
     outcome: Outcome
@@ -30,7 +37,10 @@ class TransferFault(Exception):
     ) -> None: ...
 
 class PeerMemory:
-    def __init__(self, pool: Segment, directory: Segment, ledger: Segment, claims: Segment) -> None: ...
+    def __init__(
+        self, pool: Segment, directory: Segment, ledger: Segment, claims: Segment, threads: int = 1
+    ) -> None: ...
+    def reach_process(self, pid: int, pidfd: int) -> bool: ...
     def mark_dead(self) -> None: ...
     @property
     def dead(self) -> bool: ...

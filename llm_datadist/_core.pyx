@@ -5,17 +5,32 @@ looks at the entry again; the owner takes the entry back, fences, and looks at t
 other, so memory is never reused under a claim that was confirmed.
 """
 
+import os
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint64_t
+from libc.string cimport memcpy
 
 from llm_datadist._atomics cimport (
     compare_exchange, exchange, fence_acquire, fence_full, fetch_add, fetch_and, fetch_sub, load_acquire, load_relaxed,
     lowest_bit, monotonic_ns, relax, store_release,
 )
-from llm_datadist._copy cimport Gate, stopped
+from llm_datadist._copy cimport (
+    COPIED, COPY_DENIED, COPY_FAULT, COPY_NO_PROCESS, COPY_TIMED_OUT, IN_PROCESS, READ_PROCESS, WRITE_PROCESS,
+    CopyOutcome, Gate, Plan, Run, execute, execute_shared, stopped,
+)
 from llm_datadist._segment cimport Segment
 
 cdef extern from "unistd.h" nogil:
     int usleep(unsigned microseconds)
+
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *descriptors, unsigned long count, int timeout_ms)
+    short POLLIN
 
 
 class TransferFault(Exception):
@@ -29,6 +44,15 @@ class TransferFault(Exception):
         self.remote_stride = remote_stride
 
 
+cdef int read_token(bytes token, Seal *seal) except -1:
+    """Unpack a token of sealed blocks; raises ValueError if it is none."""
+    if PyBytes_GET_SIZE(token) == sizeof(Seal):
+        memcpy(seal, PyBytes_AS_STRING(token), sizeof(Seal))
+        if seal.magic == seal_magic():
+            return 0
+    raise ValueError(f"token {token[:16].hex()}... of {len(token)} bytes was not made by publish_blocks")
+
+
 cdef class PeerMemory:
     """The pool, directory, ledger and claim page of a linked peer, mapped into this process.
 
@@ -38,6 +62,8 @@ cdef class PeerMemory:
         The directory is mapped read-only; the pool writable where this process may push into it.
     ledger, claims : Segment
         Mapped writable.
+    threads : int
+        Threads that one copy may use, the caller's included.
 
     Raises
     ------
@@ -46,8 +72,12 @@ cdef class PeerMemory:
         object owns and closes them.
     """
 
+    def __cinit__(self):
+        self._pidfd = -1
+
     def __init__(
-        self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None
+        self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None,
+        uint64_t threads=1,
     ):
         cdef const DirectoryHeader *header = <const DirectoryHeader *>directory.base
         if directory.size < HEADER_BYTES or header.magic != directory_magic() or header.version != LAYOUT_VERSION:
@@ -73,10 +103,62 @@ cdef class PeerMemory:
         self._num_entries = entries
         self._buckets = <const uint64_t *>(directory.base + HEADER_BYTES)
         self._entries = <const DirectoryEntry *>(directory.base + HEADER_BYTES + buckets * sizeof(uint64_t))
+        self._tables = <const uint64_t *>(directory.base + tables_offset(buckets, entries))
         self._hints = <LedgerHeader *>ledger.base
         self._leaves = <uint64_t *>(ledger.base + leaves_offset())
         self._records = <LedgerRecord *>(ledger.base + records_offset())
         self._claim = <ClaimPage *>claims.base
+        self._threads = threads
+
+    def __dealloc__(self):
+        self._close_pidfd()
+
+    cdef int _close_pidfd(self) except -1:
+        if self._pidfd >= 0:
+            descriptor, self._pidfd = self._pidfd, -1
+            os.close(descriptor)
+        return 0
+
+    # ---- private memory
+
+    def reach_process(self, int pid, int pidfd):
+        """Try to read memory of the peer's process through the kernel, and go that way from now on if it may be done.
+
+        Parameters
+        ----------
+        pid : int
+            The process, as this one sees it; > 0.
+        pidfd : int
+            Descriptor of the same process, which the object owns from now on; -1 = none.
+
+        Returns
+        -------
+        bool
+            False if the kernel denies it, or the peer is gone.
+        """
+        cdef uint64_t word = 0
+        cdef uint64_t source = self._header.pool_address
+        cdef uint64_t target = <uint64_t>&word
+        cdef Run run = Run(source=0, target=0, nbytes=sizeof(uint64_t))
+        cdef Gate gate = self._gate(0)
+        cdef Plan plan = Plan(
+            sources=&source, targets=&target, tensors=1, runs=&run, num_runs=1, carrier=READ_PROCESS, pid=pid
+        )
+        self._close_pidfd()
+        self._pidfd = pidfd
+        if execute(&plan, &gate) != COPIED or self._peer_has_ended():
+            return False
+        self._pid = pid
+        return True
+
+    cdef bint _peer_has_ended(self) noexcept nogil:
+        cdef pollfd watched
+        if self._pidfd < 0:
+            return load_acquire(&self._peer_dead) != 0
+        watched.fd = self._pidfd
+        watched.events = POLLIN
+        watched.revents = 0
+        return poll(&watched, 1, 0) > 0
 
     # ---- life
 
@@ -126,6 +208,7 @@ cdef class PeerMemory:
         for segment in (self._pool, self._directory, self._ledger, self._claims):
             if segment is not None:
                 segment.close()
+        self._close_pidfd()
 
     # ---- transfers
 
@@ -199,7 +282,7 @@ cdef class PeerMemory:
                     break  # the owner is changing this chain
                 if entry.kind == kind and entry.key_id == key_id and entry.model_id == model_id:
                     found.index = link - 1
-                    if kind == ORDINARY_KEY and self._is_consumed(found):
+                    if entry.flags & HIDDEN or kind == ORDINARY_KEY and self._is_consumed(found):
                         return KEY_UNKNOWN
                     return DONE
                 link = entry.next
@@ -229,13 +312,87 @@ cdef class PeerMemory:
     cdef bint _is_sound(self, const DirectoryEntry *entry) noexcept nogil:
         """Whether every byte that the entry names lies inside the mapped pool."""
         cdef uint64_t room = self._pool.size
-        if entry.tensors == 0 or entry.slots == 0 or entry.stride == 0 or entry.base > room:
+        if entry.tensors == 0 or entry.slots == 0 or entry.stride == 0:
             return False
-        room -= entry.base
-        if entry.tensor_nbytes > room or entry.slots > entry.tensor_nbytes // entry.stride:
+        if entry.slots > entry.tensor_nbytes // entry.stride:
             return False
-        room -= entry.tensor_nbytes
+        if entry.flags & SCATTERED:
+            return self._is_table(entry.base, entry.tensors)
+        if entry.base > room or entry.tensor_nbytes > room - entry.base:
+            return False
+        room -= entry.base + entry.tensor_nbytes
         return entry.tensors == 1 or (entry.step != 0 and entry.tensors - 1 <= room // entry.step)
+
+    cdef bint _is_table(self, uint64_t offset, uint64_t words) noexcept nogil:
+        """Whether so many words from an offset lie inside the tables."""
+        return offset % sizeof(uint64_t) == 0 and offset <= TABLE_BYTES and (
+            words <= (TABLE_BYTES - offset) // sizeof(uint64_t)
+        )
+
+    cdef Outcome _addresses(
+        self, const DirectoryEntry *entry, uint64_t first, uint64_t count, uint64_t *out
+    ) noexcept nogil:
+        """Give addresses of tensors of a claimed, sound entry: here, or in the peer if its memory is private."""
+        cdef const uint64_t *table
+        cdef uint64_t i, offset
+        if not entry.flags & SCATTERED:
+            for i in range(count):
+                out[i] = self._pool.base + entry.base + (first + i) * entry.step
+            return DONE
+        table = &self._tables[entry.base // sizeof(uint64_t) + first]
+        for i in range(count):
+            out[i] = load_relaxed(&table[i])
+            if not entry.flags & PRIVATE:
+                offset = out[i] - self._header.pool_address
+                if offset > self._pool.size or entry.tensor_nbytes > self._pool.size - offset:
+                    return BAD_DIRECTORY
+                out[i] = self._pool.base + offset
+        return DONE
+
+    cdef bint _is_sealed(
+        self, const DirectoryEntry *entry, const Seal *seal, const uint64_t *blocks, uint64_t count
+    ) noexcept nogil:
+        """Whether all these blocks, which exist, are still what a token was given out for."""
+        cdef const uint64_t *seals
+        cdef uint64_t i
+        if entry.cache_id != seal.cache_id or entry.annex == 0 or not self._is_table(entry.annex - 1, entry.slots):
+            return False
+        if seal.expires_ns != 0 and monotonic_ns() >= seal.expires_ns:
+            return False
+        seals = &self._tables[(entry.annex - 1) // sizeof(uint64_t)]
+        for i in range(count):
+            if load_acquire(&seals[blocks[i]]) != seal.generation:
+                return False
+        return True
+
+    # ---- bytes
+
+    cdef Outcome _carry(self, Plan *plan, bint private, bint writing, const Gate *gate) noexcept nogil:
+        """Move the bytes of a plan; they count only if the link was whole until the end.
+
+        With `private` the remote side of the plan has addresses of the peer's process. `writing` says which side it is.
+        """
+        cdef CopyOutcome copied
+        plan.carrier = IN_PROCESS
+        plan.pid = self._pid
+        if private:
+            if self._pid == 0:
+                return MEMORY_DENIED
+            plan.carrier = WRITE_PROCESS if writing else READ_PROCESS
+        elif writing and not self._pool.writable:
+            return TARGET_READ_ONLY
+        copied = execute_shared(plan, gate, self._threads, False)
+        # The owner revokes before it reuses memory, so a copy that ended before that is good.
+        fence_full()
+        if stopped(gate):
+            return self._why_stopped()
+        if copied == COPY_TIMED_OUT:
+            return TIMED_OUT
+        if copied == COPY_NO_PROCESS or private and self._peer_has_ended():
+            return PEER_DEAD  # and its number may be that of another process by now
+        if copied == COPY_DENIED:
+            return MEMORY_DENIED
+        return DONE if copied == COPIED else MEMORY_FAULT
 
     # ---- claims
 

@@ -9,25 +9,40 @@ whatever a late reader holds of an old entry no longer matches. Entries of a cac
 when its memory is given up: until then its chain of keys stays walkable for readers that claimed it.
 """
 
+import os
+import select
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport uint64_t
 
 from llm_datadist._atomics cimport exchange, fence_full, load_acquire, lowest_bit, store_relaxed, store_release
 from llm_datadist._core cimport (
-    CACHE_ID, HEADER_BYTES, LAYOUT_VERSION, MAX_ENTRIES, ORDINARY_KEY, OVERFLOW_BYTES, RECORD_WORDS, DirectoryHeader,
-    bucket_of, claim_magic, directory_bytes, directory_magic, generation_tag, leaves_offset, ledger_bytes,
-    overflow_offset, pulled_words, records_offset,
+    BLOCKS_KEY, CACHE_ID, HEADER_BYTES, HIDDEN, LAYOUT_VERSION, MAX_ENTRIES, ORDINARY_KEY, OVERFLOW_BYTES, PRIVATE,
+    RECORD_WORDS, REGISTERED, SCATTERED, TABLE_BYTES, DirectoryHeader, Seal, bucket_of, claim_magic, directory_bytes,
+    directory_magic, generation_tag, leaves_offset, ledger_bytes, overflow_offset, pulled_words, records_offset,
+    read_token, seal_magic, tables_offset,
 )
 
 from llm_datadist._pool import Pool, PoolExhausted
 
 
 class DirectoryFull(Exception):
-    """Every entry of the directory is in use."""
+    """Every entry of the directory is in use, or there is no room for what belongs to an entry."""
+
+
+def cache_of_token(bytes token not None):
+    """Give the id of the cache whose blocks a token stands for; raises ValueError if it is no token."""
+    cdef Seal seal
+    read_token(token, &seal)
+    return seal.cache_id
 
 
 cdef class Claims:
-    """Claim page of one link, seen by its owner: what that peer is reading right now."""
+    """Claim page of one link, seen by its owner: what that peer is reading or writing right now."""
+
+    def __cinit__(self):
+        self._pidfd = -1
 
     def __init__(self):
         self.segment = Segment.create("llm_datadist:claims", sizeof(ClaimPage), peers_may_write=True)
@@ -50,12 +65,32 @@ cdef class Claims:
             left &= left - 1
         return False
 
+    def watch(self, int pidfd):
+        """Take over a descriptor of the peer's process, which tells when it has ended."""
+        self._pidfd = pidfd
+
     def revoke(self):
         """Tell the peer that from now on its copies prove nothing: memory it reads may be reused."""
         exchange(&self._page.revoked, 1)
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a peer whose claims are revoked touches no memory any more."""
+        if not self.busy:
+            return True
+        if self._pidfd < 0:
+            return True  # not known: as if it had ended
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
     def close(self):
         self.segment.close()
+        if self._pidfd >= 0:
+            descriptor, self._pidfd = self._pidfd, -1
+            os.close(descriptor)
+
+    def __dealloc__(self):
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
 
 
 cdef class Directory:
@@ -91,7 +126,12 @@ cdef class Directory:
         if self._shadows == NULL or self._heads == NULL or self._free == NULL:
             raise MemoryError()
         self._overflow = Pool(OVERFLOW_BYTES)
+        self._tables = <uint64_t *>(self.segment.base + tables_offset(self._num_buckets, num_entries))
+        self._table_pool = Pool(TABLE_BYTES)
+        # A token that was given out by an earlier run of this process must not fit.
+        self._seal_generation = <uint64_t>int.from_bytes(os.urandom(7), "little") + 1
         self._claims = []
+        self._leaving = []
         cdef DirectoryHeader *header = <DirectoryHeader *>self.segment.base
         header.version = LAYOUT_VERSION
         header.num_buckets = self._num_buckets
@@ -108,6 +148,9 @@ cdef class Directory:
 
     def close(self):
         """Close both segments; may be called twice. No other method may be called afterwards."""
+        for claims in self._leaving:
+            claims.close()
+        self._leaving.clear()
         self.segment.close()
         self.ledger.close()
 
@@ -115,7 +158,8 @@ cdef class Directory:
 
     def publish_cache(
         self, uint64_t cache_id, uint64_t base, uint64_t step, uint64_t tensor_nbytes, uint64_t stride,
-        uint64_t tensors, uint64_t slots,
+        uint64_t tensors, uint64_t slots, list addresses=None, *, bint private=False, bint registered=False,
+        bint hidden=False,
     ):
         """Make a cache visible by its id.
 
@@ -129,6 +173,15 @@ cdef class Directory:
             Bytes of one tensor and of one slot.
         tensors, slots : int
             Numbers of tensors and of slots, > 0.
+        addresses : list of int, optional
+            Address of each tensor in this process, when they do not follow each other in the pool; `base` and `step`
+            are ignored then.
+        private : bool
+            Not all addresses are in the pool.
+        registered : bool
+            Pulls never release keys of the cache.
+        hidden : bool
+            Peers may not touch the cache.
 
         Returns
         -------
@@ -142,6 +195,18 @@ cdef class Directory:
         """
         cdef uint64_t index = self._take_entry()
         cdef DirectoryEntry *entry = &self._entries[index]
+        cdef uint64_t flags = 0
+        if addresses is not None:
+            try:
+                base = self._write_table(index, addresses)
+            except PoolExhausted:
+                self._give_back(index)
+                raise DirectoryFull(f"no room for the addresses of {tensors} tensors") from None
+            flags = SCATTERED | PRIVATE if private else SCATTERED
+        if registered:
+            flags |= REGISTERED
+        if hidden:
+            flags |= HIDDEN
         store_relaxed(&entry.cache_id, cache_id)
         store_relaxed(&entry.base, base)
         store_relaxed(&entry.step, step)
@@ -150,7 +215,8 @@ cdef class Directory:
         store_relaxed(&entry.tensors, tensors)
         store_relaxed(&entry.slots, slots)
         store_relaxed(&entry.slot, 0)
-        store_relaxed(&entry.pulled_at, 0)
+        store_relaxed(&entry.annex, 0)
+        store_relaxed(&entry.flags, flags)
         self._shadows[index].cache_id = cache_id
         self._shadows[index].last_sibling = index
         self._link(index, CACHE_ID, cache_id, 0)
@@ -173,6 +239,8 @@ cdef class Directory:
         store_relaxed(&entry.tensors, cache.tensors)
         store_relaxed(&entry.slots, cache.slots)
         store_relaxed(&entry.slot, slot)
+        store_relaxed(&entry.annex, chain.seals)
+        store_relaxed(&entry.flags, cache.flags)
         self._shadows[index].cache_id = chain.cache_id
         if kind == ORDINARY_KEY:
             try:
@@ -201,7 +269,106 @@ cdef class Directory:
         if self._shadows[index].overflow != 0:
             self._overflow.free(self._shadows[index].overflow - 1)
             self._shadows[index].overflow = 0
+        if self._shadows[index].table != 0:
+            self._table_pool.free(self._shadows[index].table - 1)
+            self._shadows[index].table = 0
+        if self._shadows[index].seals != 0:
+            self._table_pool.free(self._shadows[index].seals - 1)
+            self._shadows[index].seals = 0
         self._give_back(index)
+
+    cdef int _write_table(self, uint64_t index, list addresses) except -1:
+        """Write the addresses of tensors down; returns the offset of the table."""
+        cdef uint64_t offset = self._table_pool.allocate((len(addresses) + 1) * sizeof(uint64_t))
+        cdef uint64_t *table = self._tables + offset // sizeof(uint64_t)
+        cdef Py_ssize_t i
+        self._shadows[index].table = offset + 1
+        for i in range(len(addresses)):
+            store_relaxed(&table[i], addresses[i])
+        return offset
+
+    # ---- seals
+
+    def seal(self, uint64_t cache_index, list blocks not None, uint64_t expires_ns):
+        """Seal blocks of a cache under a new generation; seals that they had before are broken.
+
+        Parameters
+        ----------
+        cache_index : int
+            Entry of the cache's id.
+        blocks : list of int
+            Blocks of the cache, which must exist.
+        expires_ns : int
+            When the seals break by themselves, on the clock of ``time.monotonic_ns``; 0 = never.
+
+        Returns
+        -------
+        bytes
+            Token for pulls; the seals are broken with it.
+
+        Raises
+        ------
+        DirectoryFull
+            No room for the seals.
+        """
+        cdef uint64_t *seals = self._seals_of(cache_index)
+        cdef uint64_t slots = self._entries[cache_index].slots
+        cdef uint64_t block
+        cdef Seal token
+        for block in blocks:
+            if block >= slots:
+                raise ValueError(f"block {block} is out of range, the cache has {slots} blocks")
+        self._seal_generation += 1
+        for block in blocks:
+            store_release(&seals[block], self._seal_generation)
+        token.magic = seal_magic()
+        token.cache_id = self._shadows[cache_index].cache_id
+        token.generation = self._seal_generation
+        token.expires_ns = expires_ns
+        return PyBytes_FromStringAndSize(<char *>&token, sizeof(Seal))
+
+    def break_seals(self, uint64_t cache_index, list blocks not None, bytes token not None):
+        """Break the seals that a token stands for; blocks that were sealed anew keep their new ones.
+
+        When it returns no pull with the token that reads a later content of the blocks can succeed.
+
+        Returns
+        -------
+        list of int
+            Blocks whose seals were broken.
+        """
+        cdef list broken = []
+        cdef uint64_t *seals = self._seals_of(cache_index)
+        cdef uint64_t block
+        cdef Seal seal
+        read_token(token, &seal)
+        for block in blocks:
+            if seals[block] == seal.generation:
+                store_release(&seals[block], 0)
+                broken.append(block)
+        fence_full()
+        return broken
+
+    cdef uint64_t *_seals_of(self, uint64_t cache_index) except NULL:
+        """Give the seals of a published cache; makes them, all broken, for its first token."""
+        cdef Shadow *shadow = &self._shadows[cache_index]
+        cdef uint64_t slots = self._entries[cache_index].slots
+        cdef uint64_t link, i
+        cdef uint64_t *seals
+        if shadow.seals == 0:
+            try:
+                shadow.seals = self._table_pool.allocate(slots * sizeof(uint64_t)) + 1
+            except PoolExhausted:
+                raise DirectoryFull(f"no room for the seals of {slots} blocks") from None
+            seals = self._tables + (shadow.seals - 1) // sizeof(uint64_t)
+            for i in range(slots):
+                store_relaxed(&seals[i], 0)
+            link = cache_index + 1
+            while link != 0:
+                if self._shadows[link - 1].kind == CACHE_ID or self._shadows[link - 1].kind == BLOCKS_KEY:
+                    store_release(&self._entries[link - 1].annex, shadow.seals)
+                link = self._entries[link - 1].sibling
+        return self._tables + (shadow.seals - 1) // sizeof(uint64_t)
 
     cdef uint64_t _take_entry(self) except? 0xFFFFFFFFULL:
         cdef uint64_t index
@@ -273,12 +440,12 @@ cdef class Directory:
             offset = self._overflow.allocate(words * sizeof(uint64_t))
             self._shadows[index].overflow = offset + 1
             offset += overflow_offset(self.num_entries)
-        store_relaxed(&self._entries[index].pulled_at, offset)
+        store_relaxed(&self._entries[index].annex, offset)
         return 0
 
     cdef void _start_record(self, uint64_t index) noexcept:
         cdef DirectoryEntry *entry = &self._entries[index]
-        cdef uint64_t *pulled = <uint64_t *>(self.ledger.base + entry.pulled_at)
+        cdef uint64_t *pulled = <uint64_t *>(self.ledger.base + entry.annex)
         cdef uint64_t i
         for i in range(pulled_words(entry.tensors)):
             store_relaxed(&pulled[i], generation_tag(self._generation))
@@ -334,6 +501,10 @@ cdef class Directory:
         """Forget the claims of a peer whose link is gone; they are revoked, so a living peer learns of it."""
         claims.revoke()
         self._claims.remove(claims)
+        if claims.has_stopped:
+            claims.close()
+        else:
+            self._leaving.append(claims)  # it sees the revocation within a millisecond, if it runs
 
     def is_claimed(self, uint64_t cache_id):
         """Whether a linked peer reads that cache; all entries of the cache must be unpublished before."""
@@ -342,5 +513,11 @@ cdef class Directory:
         fence_full()
         for claims in self._claims:
             if claims.holds(cache_id):
+                return True
+        for claims in list(self._leaving):
+            if claims.has_stopped:
+                self._leaving.remove(claims)
+                claims.close()
+            elif claims.holds(cache_id):
                 return True
         return False

@@ -1,6 +1,14 @@
 class LocalCache:
     def __init__(
-        self, cache_id: int, address: int, step: int, tensor_nbytes: int, stride: int, tensors: int, slots: int
+        self,
+        cache_id: int,
+        address: int,
+        step: int,
+        tensor_nbytes: int,
+        stride: int,
+        tensors: int,
+        slots: int,
+        addresses: list[int] | None = None,
     ) -> None: ...
     @property
     def cache_id(self) -> int: ...
@@ -16,6 +24,7 @@ class LocalCache:
     def tensors(self) -> int: ...
     @property
     def slots(self) -> int: ...
+    def tensor_address(self, index: int) -> int: ...
     @property
     def pinned(self) -> bool: ...
     def release(self) -> None: ...

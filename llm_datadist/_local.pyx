@@ -16,17 +16,20 @@ cdef class LocalCache:
     cache_id : int
         Id of the cache, never used again by the owner.
     address, step : int
-        Address of the first tensor; bytes from one tensor to the next.
+        Address of the first tensor; bytes from one tensor to the next, 0 if they do not follow each other.
     tensor_nbytes, stride : int
         Bytes of one tensor and of one slot of it.
     tensors, slots : int
         Number of tensors, number of slots of each.
+    addresses : list of int, optional
+        Address of each tensor, when they do not follow each other.
     """
 
     def __init__(
         self, uint64_t cache_id, uint64_t address, uint64_t step, uint64_t tensor_nbytes, uint64_t stride,
-        uint64_t tensors, uint64_t slots,
+        uint64_t tensors, uint64_t slots, list addresses=None,
     ):
+        cdef uint64_t i
         self.cache_id = cache_id
         self.address = address
         self.step = step
@@ -34,6 +37,24 @@ cdef class LocalCache:
         self.stride = stride
         self.tensors = tensors
         self.slots = slots
+        if addresses is None:
+            return
+        if <uint64_t>len(addresses) != tensors:
+            raise ValueError(f"{len(addresses)} addresses for {tensors} tensors")
+        self._addresses = <uint64_t *>PyMem_Malloc((tensors + 1) * sizeof(uint64_t))
+        if self._addresses == NULL:
+            raise MemoryError()
+        for i in range(tensors):
+            self._addresses[i] = addresses[i]
+
+    def __dealloc__(self):
+        PyMem_Free(self._addresses)
+
+    def tensor_address(self, uint64_t index):
+        """Address of one tensor, which must exist."""
+        if index >= self.tensors:
+            raise IndexError(f"tensor {index} of {self.tensors}")
+        return self.tensor_at(index)
 
     cdef bint pin(self) noexcept nogil:
         fetch_add(&self._pins, 1)

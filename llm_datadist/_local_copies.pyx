@@ -8,24 +8,13 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint64_t
 
 from llm_datadist._atomics cimport exchange, fetch_add, fetch_sub, load_acquire, monotonic_ns
-from llm_datadist._copy cimport COPIED, COPY_TIMED_OUT, CopyOutcome, Gate, Plan, Run, execute, join_run
+from llm_datadist._copy cimport (
+    COPIED, COPY_TIMED_OUT, IN_PROCESS, CopyOutcome, Gate, Plan, Run, execute_shared, join_run,
+)
 from llm_datadist._local cimport BlockPairs, LocalCache
-
-cdef extern from "pthread.h" nogil:
-    ctypedef struct pthread_attr_t:
-        pass
-    ctypedef unsigned long pthread_t
-    int pthread_create(
-        pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *) noexcept nogil, void *argument
-    )
-    int pthread_join(pthread_t thread, void **result)
 
 cdef extern from "unistd.h" nogil:
     int usleep(unsigned microseconds)
-
-cdef enum:
-    MAX_THREADS = 16          # a few cores fill the memory bus
-    SHARE_BYTES = 4 << 20     # a thread with less to copy costs more than it brings
 
 
 cpdef enum LocalOutcome:
@@ -34,12 +23,6 @@ cpdef enum LocalOutcome:
     CACHE_RELEASED = 1        # a cache was deallocated
     TIMED_OUT = 2
     CLOSED = 3                # the copier was closed
-
-
-cdef struct Share:
-    Plan plan
-    const Gate *gate
-    CopyOutcome outcome
 
 
 cdef class LocalCopier:
@@ -58,7 +41,7 @@ cdef class LocalCopier:
     cdef uint64_t _running
 
     def __init__(self, uint64_t threads):
-        self._threads = min(max(threads, <uint64_t>1), <uint64_t>MAX_THREADS)
+        self._threads = threads
 
     def close(self, uint64_t deadline_ns):
         """Let no copy start, end the running ones with `CLOSED`; tells whether all have ended by the deadline."""
@@ -167,7 +150,9 @@ cdef class LocalCopier:
         self, const uint64_t *sources, const uint64_t *targets, uint64_t tensors, const Run *runs, uint64_t num_runs,
         LocalCache source, LocalCache target, uint64_t deadline_ns,
     ):
-        cdef Plan plan = Plan(sources=sources, targets=targets, tensors=tensors, runs=runs, num_runs=num_runs)
+        cdef Plan plan = Plan(
+            sources=sources, targets=targets, tensors=tensors, runs=runs, num_runs=num_runs, carrier=IN_PROCESS, pid=0
+        )
         cdef Gate gate = Gate(deadline_ns=deadline_ns, peer_dead=NULL, revoked=NULL, closing=&self._closing)
         cdef CopyOutcome outcome
         if not source.pin():
@@ -178,7 +163,8 @@ cdef class LocalCopier:
         with nogil:
             # In this order, so that either `close` sees the copy or the copy sees that it is closed.
             fetch_add(&self._running, 1)
-            outcome = _execute_shared(&plan, &gate, self._threads)
+            # A block that an earlier pair wrote may be the source of a later one.
+            outcome = execute_shared(&plan, &gate, self._threads, True)
             fetch_sub(&self._running, 1)
         source.unpin()
         target.unpin()
@@ -209,7 +195,7 @@ cdef Run *_new_runs(uint64_t count) except NULL:
 cdef void _put_tensors(uint64_t *out, LocalCache cache) noexcept:
     cdef uint64_t i
     for i in range(cache.tensors):
-        out[i] = cache.address + i * cache.step
+        out[i] = cache.tensor_at(i)
 
 
 cdef int _put_addresses(uint64_t *out, list addresses, uint64_t tensors) except -1:
@@ -231,50 +217,3 @@ cdef uint64_t _join_apart(Run *runs, uint64_t used, uint64_t source, uint64_t ta
         if distance < runs[used - 1].nbytes + nbytes:
             return used + join_run(&runs[used], 0, source, target, nbytes)
     return join_run(runs, used, source, target, nbytes)
-
-
-cdef CopyOutcome _execute_shared(const Plan *plan, const Gate *gate, uint64_t threads) noexcept nogil:
-    """Carry a plan out, in several threads if it is large."""
-    cdef Share shares[MAX_THREADS]
-    cdef pthread_t handles[MAX_THREADS]
-    cdef bint started[MAX_THREADS]
-    cdef CopyOutcome outcome
-    cdef uint64_t i, first, last
-    threads = min(threads, plan.tensors, _bytes_of(plan) // SHARE_BYTES)
-    if threads < 2:
-        return execute(plan, gate)
-    first = 0
-    for i in range(threads):
-        last = plan.tensors * (i + 1) // threads
-        shares[i].plan = plan[0]
-        shares[i].plan.sources = plan.sources + first
-        shares[i].plan.targets = plan.targets + first
-        shares[i].plan.tensors = last - first
-        shares[i].gate = gate
-        first = last
-    for i in range(1, threads):
-        started[i] = pthread_create(&handles[i], NULL, _copy_share, &shares[i]) == 0
-    _copy_share(&shares[0])
-    outcome = shares[0].outcome
-    for i in range(1, threads):
-        if started[i]:
-            pthread_join(handles[i], NULL)
-        else:
-            _copy_share(&shares[i])  # no thread to be had: the copy is only slower
-        if shares[i].outcome != COPIED:
-            outcome = shares[i].outcome
-    return outcome
-
-
-cdef void *_copy_share(void *argument) noexcept nogil:
-    cdef Share *share = <Share *>argument
-    share.outcome = execute(&share.plan, share.gate)
-    return NULL
-
-
-cdef uint64_t _bytes_of(const Plan *plan) noexcept nogil:
-    cdef uint64_t total = 0
-    cdef uint64_t i
-    for i in range(plan.num_runs):
-        total += plan.runs[i].nbytes
-    return total * plan.tensors

@@ -23,11 +23,15 @@ class PeerSource(PeerMemory):
     def pull_blocks(
         self,
         target: LocalCache,
+        kind: int,
+        key_id: int,
         model_id: int,
+        remote_slot: int,
         pairs: BlockPairs,
         source_first: int,
         source_count: int,
         target_first: int,
         target_count: int,
+        token: bytes | None,
         deadline_ns: int,
     ) -> None: ...

@@ -8,12 +8,12 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from llm_datadist._atomics cimport compare_exchange, fence_full, fetch_or, fetch_sub, load_acquire, load_relaxed
-from llm_datadist._copy cimport COPIED, COPY_TIMED_OUT, CopyOutcome, Gate, Plan, Run, execute, join_run, stopped
+from llm_datadist._copy cimport Plan, Run, join_run
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._core cimport (
-    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, NO_MEMORY, ORDINARY_KEY, PREFIX_KEY, SLOT_UNKNOWN,
-    SOURCE_BLOCK, SOURCE_RANGE, SOURCE_TENSORS, TENSORS_PER_WORD, TENSOR_COUNT, TIMED_OUT, DirectoryEntry, Found,
-    Outcome, PeerMemory, generation_tag, pulled_words,
+    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, NO_MEMORY, ORDINARY_KEY, PREFIX_KEY, PRIVATE, REGISTERED,
+    SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_RANGE, SOURCE_TENSORS, STALE_BLOCKS, TENSORS_PER_WORD, TENSOR_COUNT,
+    DirectoryEntry, Found, Outcome, PeerMemory, generation_tag, pulled_words, read_token,
 )
 
 from llm_datadist._core import TransferFault
@@ -51,127 +51,165 @@ cdef class PeerSource(PeerMemory):
         TransferFault
             With any `Outcome` that a pull by key can have.
         """
-        cdef Found found
+        cdef Pull pull
+        cdef Run run
         cdef Outcome outcome
-        found.entry.tensors = found.entry.slots = found.entry.stride = 0
+        pull.kind, pull.key_id, pull.model_id, pull.slot = kind, key_id, model_id, remote_slot
+        pull.source_first, pull.source_count = source_first, source_count
+        pull.target_first, pull.target_count = target_first, target_count
+        pull.consume, pull.sealed = consume, False
+        pull.found.entry.tensors = pull.found.entry.slots = pull.found.entry.stride = 0
         with nogil:
-            outcome = self._enter()
+            outcome = self._begin(&pull, deadline_ns)
             if outcome == DONE:
-                outcome = self._pull_cache(
-                    target, kind, key_id, model_id, remote_slot, local_slot, nbytes, source_first, source_count,
-                    target_first, target_count, source_offset, target_offset, consume, deadline_ns, &found,
-                )
-                fetch_sub(&self._running, 1)
-        if outcome != DONE:
-            raise TransferFault(<int>outcome, found.entry.tensors, found.entry.slots, found.entry.stride)
+                if source_offset > pull.found.entry.stride or nbytes > pull.found.entry.stride - source_offset:
+                    outcome = SOURCE_RANGE
+                else:
+                    run.source = pull.slot * pull.found.entry.stride + source_offset
+                    run.target = local_slot * target.stride + target_offset
+                    run.nbytes = nbytes
+                    outcome = self._copy(&pull, target, &run, 1)
+                outcome = self._end(&pull, outcome)
+        self._report(&pull, outcome)
 
     def pull_blocks(
-        self, LocalCache target not None, uint64_t model_id, BlockPairs pairs not None, uint64_t source_first,
-        int64_t source_count, uint64_t target_first, uint64_t target_count, uint64_t deadline_ns,
+        self, LocalCache target not None, uint64_t kind, uint64_t key_id, uint64_t model_id, uint64_t remote_slot,
+        BlockPairs pairs not None, uint64_t source_first, int64_t source_count, uint64_t target_first,
+        uint64_t target_count, bytes token, uint64_t deadline_ns,
     ):
-        """Copy blocks of the remote blocks cache of a model into blocks of a local cache, in every chosen tensor.
+        """Copy remote blocks into blocks of a local cache, in every chosen tensor.
 
-        The caller has checked target tensors and target blocks. Raises `TransferFault`.
+        Parameters
+        ----------
+        target : LocalCache
+            Local cache; the caller has checked target tensors and target blocks.
+        kind, key_id, model_id, remote_slot : int
+            ``(BLOCKS_KEY, 0, model_id, 0)``: blocks of the remote blocks cache of a model. Any other key names one
+            slot, as in `pull_cache`, whose source block i is its i-th part of the size of a local block; an ordinary
+            key is released then.
+        pairs : BlockPairs
+            Source block i goes into target block i.
+        token : bytes or None
+            Of `Directory.seal`: the pull fails unless all source blocks are sealed under it, before and after the copy.
+
+        Raises
+        ------
+        ValueError
+            The token is none.
+        TransferFault
+            With any `Outcome` that a pull by key can have.
         """
-        cdef Found found
-        cdef Outcome outcome
-        found.entry.tensors = found.entry.slots = found.entry.stride = 0
-        with nogil:
-            outcome = self._enter()
-            if outcome == DONE:
-                outcome = self._pull_blocks(
-                    target, model_id, pairs, source_first, source_count, target_first, target_count, deadline_ns, &found
-                )
-                fetch_sub(&self._running, 1)
-        if outcome != DONE:
-            raise TransferFault(<int>outcome, found.entry.tensors, found.entry.slots, found.entry.stride)
-
-    cdef Outcome _pull_cache(
-        self, LocalCache target, uint64_t kind, uint64_t key_id, uint64_t model_id, uint64_t remote_slot,
-        uint64_t local_slot, uint64_t nbytes, uint64_t source_first, int64_t source_count, uint64_t target_first,
-        uint64_t target_count, uint64_t source_offset, uint64_t target_offset, bint consume, uint64_t deadline_ns,
-        Found *found,
-    ) noexcept nogil:
-        cdef Gate gate = self._gate(deadline_ns)
-        cdef Found key
-        cdef Run run
-        cdef uint64_t slot
-        cdef uint64_t count
-        cdef Outcome outcome = self._claim_key(kind, key_id, model_id, &gate, found)
-        if outcome != DONE:
-            return outcome
-        cdef DirectoryEntry *entry = &found.entry
-        slot = remote_slot if kind == CACHE_ID else entry.slot
-        count = entry.tensors if source_count < 0 else <uint64_t>source_count
-        if slot >= entry.slots:
-            outcome = SLOT_UNKNOWN
-        elif source_offset > entry.stride or nbytes > entry.stride - source_offset:
-            outcome = SOURCE_RANGE
-        elif source_first > entry.tensors or count > entry.tensors - source_first:
-            outcome = SOURCE_TENSORS
-        elif count != target_count:
-            outcome = TENSOR_COUNT
-        else:
-            run.source = slot * entry.stride + source_offset
-            run.target = local_slot * target.stride + target_offset
-            run.nbytes = nbytes
-            outcome = self._copy(entry, source_first, target, target_first, count, &run, 1, &gate)
-        if outcome == DONE and consume and kind != PREFIX_KEY:
-            # Which key goes is settled while the claim still holds the cache and so its chain of keys.
-            key = found[0]
-            consume = kind == ORDINARY_KEY or self._key_of_slot(entry, slot, &key)
-        self._drop_hazard(found.hazard)
-        if outcome == DONE and consume and kind != PREFIX_KEY:
-            self._consume(&key, source_first, count)
-        return outcome
-
-    cdef Outcome _pull_blocks(
-        self, LocalCache target, uint64_t model_id, BlockPairs pairs, uint64_t source_first, int64_t source_count,
-        uint64_t target_first, uint64_t target_count, uint64_t deadline_ns, Found *found,
-    ) noexcept nogil:
-        cdef Gate gate = self._gate(deadline_ns)
+        cdef Pull pull
         cdef Run few[STACK_RUNS]
         cdef Run *runs = few
-        cdef uint64_t i, count
-        cdef uint64_t used = 0
-        cdef Outcome outcome = self._claim_key(BLOCKS_KEY, 0, model_id, &gate, found)
+        cdef Outcome outcome
+        pull.kind, pull.key_id, pull.model_id, pull.slot = kind, key_id, model_id, remote_slot
+        pull.source_first, pull.source_count = source_first, source_count
+        pull.target_first, pull.target_count = target_first, target_count
+        pull.consume = kind != BLOCKS_KEY
+        pull.sealed = token is not None
+        if token is not None:
+            read_token(token, &pull.seal)
+        pull.found.entry.tensors = pull.found.entry.slots = pull.found.entry.stride = 0
+        with nogil:
+            outcome = self._begin(&pull, deadline_ns)
+            if outcome == DONE:
+                if pairs.count > STACK_RUNS:
+                    runs = <Run *>malloc(pairs.count * sizeof(Run))
+                outcome = NO_MEMORY if runs == NULL else self._pull_blocks(&pull, target, pairs, runs)
+                if runs != few:
+                    free(runs)
+                outcome = self._end(&pull, outcome)
+        self._report(&pull, outcome)
+
+    cdef int _report(self, const Pull *pull, Outcome outcome) except -1:
+        cdef const DirectoryEntry *entry = &pull.found.entry
+        if outcome != DONE:
+            raise TransferFault(<int>outcome, entry.tensors, entry.slots, entry.stride)
+        return 0
+
+    # ---- one pull
+
+    cdef Outcome _begin(self, Pull *pull, uint64_t deadline_ns) noexcept nogil:
+        """Find and claim the source; with DONE, `_end` must follow."""
+        cdef DirectoryEntry *entry = &pull.found.entry
+        cdef uint64_t count
+        cdef Outcome outcome = self._enter()
         if outcome != DONE:
             return outcome
-        cdef DirectoryEntry *entry = &found.entry
-        cdef uint64_t stride = entry.stride
-        count = entry.tensors if source_count < 0 else <uint64_t>source_count
-        if pairs.max_source >= entry.slots:
-            outcome = SOURCE_BLOCK
-        elif stride != target.stride:
-            outcome = BLOCK_SIZE
-        elif source_first > entry.tensors or count > entry.tensors - source_first:
+        pull.gate = self._gate(deadline_ns)
+        outcome = self._claim_key(pull.kind, pull.key_id, pull.model_id, &pull.gate, &pull.found)
+        if outcome != DONE:
+            fetch_sub(&self._running, 1)
+            return outcome
+        if pull.kind != CACHE_ID:
+            pull.slot = entry.slot
+        count = entry.tensors if pull.source_count < 0 else <uint64_t>pull.source_count
+        if pull.slot >= entry.slots:
+            outcome = SLOT_UNKNOWN
+        elif pull.source_first > entry.tensors or count > entry.tensors - pull.source_first:
             outcome = SOURCE_TENSORS
-        elif count != target_count:
+        elif count != pull.target_count:
             outcome = TENSOR_COUNT
-        else:
-            if pairs.count > STACK_RUNS:
-                runs = <Run *>malloc(pairs.count * sizeof(Run))
-            if runs == NULL:
-                outcome = NO_MEMORY
-            else:
-                for i in range(pairs.count):
-                    used = join_run(runs, used, pairs._sources[i] * stride, pairs._targets[i] * stride, stride)
-                outcome = self._copy(entry, source_first, target, target_first, count, runs, used, &gate)
-            if runs != few:
-                free(runs)
-        self._drop_hazard(found.hazard)
+        if outcome != DONE:
+            self._drop_hazard(pull.found.hazard)
+            fetch_sub(&self._running, 1)
         return outcome
 
-    cdef Outcome _copy(
-        self, const DirectoryEntry *entry, uint64_t source_first, LocalCache target, uint64_t target_first,
-        uint64_t tensors, const Run *runs, uint64_t num_runs, const Gate *gate,
-    ) noexcept nogil:
-        """Carry out the runs on `tensors` tensors; the bytes count only if the link was whole until the end."""
+    cdef Outcome _end(self, Pull *pull, Outcome outcome) noexcept nogil:
+        """Let the source go, and count it as pulled if that is what the pull is for."""
+        cdef Found key
+        cdef bint consume = outcome == DONE and pull.consume and pull.kind != PREFIX_KEY
+        if consume and pull.found.entry.flags & REGISTERED:
+            consume = False
+        if consume:
+            # Which key goes is settled while the claim still holds the cache and so its chain of keys.
+            key = pull.found
+            consume = pull.kind == ORDINARY_KEY or self._key_of_slot(&pull.found.entry, pull.slot, &key)
+        self._drop_hazard(pull.found.hazard)
+        if consume:
+            self._consume(&key, pull.source_first, pull.target_count)
+        fetch_sub(&self._running, 1)
+        return outcome
+
+    cdef Outcome _pull_blocks(self, Pull *pull, LocalCache target, BlockPairs pairs, Run *runs) noexcept nogil:
+        cdef const DirectoryEntry *entry = &pull.found.entry
+        cdef uint64_t block = target.stride
+        cdef uint64_t base = 0
+        cdef uint64_t used = 0
+        cdef uint64_t i
+        cdef Outcome outcome
+        if pull.kind != BLOCKS_KEY:
+            if pull.sealed:
+                return STALE_BLOCKS  # parts of a slot are no blocks that can be sealed
+            if pairs.max_source >= entry.stride // block:
+                return SOURCE_RANGE
+            base = pull.slot * entry.stride
+        elif pairs.max_source >= entry.slots:
+            return SOURCE_BLOCK
+        elif entry.stride != block:
+            return BLOCK_SIZE
+        if pull.sealed and not self._is_sealed(entry, &pull.seal, pairs._sources, pairs.count):
+            return STALE_BLOCKS
+        for i in range(pairs.count):
+            used = join_run(runs, used, base + pairs._sources[i] * block, pairs._targets[i] * block, block)
+        outcome = self._copy(pull, target, runs, used)
+        if pull.sealed and outcome == DONE:
+            # The owner breaks the seal and fences before it writes: who read a byte of that sees the broken seal.
+            fence_full()
+            if not self._is_sealed(entry, &pull.seal, pairs._sources, pairs.count):
+                return STALE_BLOCKS
+        return outcome
+
+    cdef Outcome _copy(self, Pull *pull, LocalCache target, const Run *runs, uint64_t num_runs) noexcept nogil:
+        """Carry out the runs on all chosen tensors."""
         cdef uint64_t few[2 * STACK_TENSORS]
         cdef uint64_t *addresses = few
+        cdef const DirectoryEntry *entry = &pull.found.entry
+        cdef uint64_t tensors = pull.target_count
         cdef uint64_t i
         cdef Plan plan
-        cdef CopyOutcome copied
+        cdef Outcome outcome
         if not target.pin():
             return CACHE_RELEASED
         if tensors > STACK_TENSORS:
@@ -179,25 +217,20 @@ cdef class PeerSource(PeerMemory):
             if addresses == NULL:
                 target.unpin()
                 return NO_MEMORY
-        for i in range(tensors):
-            addresses[i] = self._pool.base + entry.base + (source_first + i) * entry.step
-            addresses[tensors + i] = target.address + (target_first + i) * target.step
-        plan.sources = addresses
-        plan.targets = addresses + tensors
-        plan.tensors = tensors
-        plan.runs = runs
-        plan.num_runs = num_runs
-        copied = execute(&plan, gate)
+        outcome = self._addresses(entry, pull.source_first, tensors, addresses)
+        if outcome == DONE:
+            for i in range(tensors):
+                addresses[tensors + i] = target.tensor_at(pull.target_first + i)
+            plan.sources = addresses
+            plan.targets = addresses + tensors
+            plan.tensors = tensors
+            plan.runs = runs
+            plan.num_runs = num_runs
+            outcome = self._carry(&plan, entry.flags & PRIVATE != 0, False, &pull.gate)
         if addresses != few:
             free(addresses)
         target.unpin()
-        # The owner revokes before it reuses memory, so a copy that ended before that is good.
-        fence_full()
-        if copied == COPY_TIMED_OUT:
-            return TIMED_OUT
-        if copied != COPIED or stopped(gate):
-            return self._why_stopped()
-        return DONE
+        return outcome
 
     cdef bint _key_of_slot(self, const DirectoryEntry *entry, uint64_t slot, Found *key) noexcept nogil:
         """Find the ordinary key of a claimed cache that names `slot`."""
@@ -231,9 +264,9 @@ cdef class PeerSource(PeerMemory):
         """Mark a range of tensors; True when every tensor of the key has been pulled at least once."""
         cdef uint64_t words = pulled_words(entry.tensors)
         cdef uint64_t room = self._ledger.size
-        if entry.pulled_at > room or entry.pulled_at & 7 or words > (room - entry.pulled_at) // sizeof(uint64_t):
+        if entry.annex > room or entry.annex & 7 or words > (room - entry.annex) // sizeof(uint64_t):
             return False
-        cdef uint64_t *pulled = <uint64_t *>(self._ledger.base + entry.pulled_at)
+        cdef uint64_t *pulled = <uint64_t *>(self._ledger.base + entry.annex)
         cdef uint64_t tag = generation_tag(entry.generation)
         cdef uint64_t payload = (<uint64_t>1 << TENSORS_PER_WORD) - 1
         cdef bint whole = True

@@ -1,4 +1,4 @@
-"""One-sided pushes: find the caches that addresses of the peer lie in, claim them, copy, let them go.
+"""One-sided pushes: find the caches that addresses or a key of the peer name, claim them, copy, let them go.
 
 Every address of a push is resolved and claimed before the first byte is written: an address that lies in no cache of
 the peer, or bytes that would run over the end of a tensor, fail the whole push.
@@ -7,16 +7,25 @@ the peer, or bytes that would run over the end of a tensor, fail the whole push.
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
-from llm_datadist._atomics cimport fence_full, fetch_sub, load_acquire
-from llm_datadist._copy cimport COPIED, COPY_TIMED_OUT, CopyOutcome, Gate, Plan, Run, execute, join_run, stopped
+from llm_datadist._atomics cimport fetch_sub, load_acquire, load_relaxed
+from llm_datadist._copy cimport Gate, Plan, Run, join_run
 from llm_datadist._core cimport (
-    CACHE_ID, CACHE_RELEASED, DONE, HAZARDS, KEY_UNKNOWN, NO_MEMORY, SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS,
-    TARGET_ADDRESS, TIMED_OUT, Found, Outcome,
+    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, HAZARDS, HIDDEN, KEY_UNKNOWN, NO_MEMORY, PRIVATE, SCATTERED,
+    SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS, TARGET_ADDRESS, TARGET_BLOCK, TARGET_RANGE, TARGET_TENSORS,
+    DirectoryEntry, Found, Outcome,
 )
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._pull cimport PeerSource
 
 from llm_datadist._core import TransferFault
+
+
+# What is pushed: tensors of a local cache, and of each of them a slot, blocks, or a slot in blocks.
+cdef struct Source:
+    uint64_t first
+    uint64_t tensors
+    uint64_t base             # offset of block 0 in a tensor
+    uint64_t block            # bytes
 
 
 cdef class PeerTarget(PeerSource):
@@ -26,7 +35,7 @@ cdef class PeerTarget(PeerSource):
 
     def push(
         self, LocalCache source not None, uint64_t source_first, list addresses not None, uint64_t source_slot,
-        BlockPairs pairs, uint64_t deadline_ns,
+        BlockPairs pairs, uint64_t block_nbytes, uint64_t deadline_ns,
     ):
         """Copy slots or blocks of local tensors to addresses in the peer's process.
 
@@ -39,9 +48,11 @@ cdef class PeerTarget(PeerSource):
         addresses : list of int
             Where each tensor goes, in the peer's process.
         source_slot : int
-            Slot that is copied; ignored if `pairs` is given.
+            Slot that is copied; ignored if blocks of a blocks cache are.
         pairs : BlockPairs or None
-            Source block i goes to the address + target block i times the block size.
+            Source block i goes to the address + target block i times the size of a block.
+        block_nbytes : int
+            0: blocks are slots of the source. Else the slot `source_slot` is cut into blocks of so many bytes.
         deadline_ns : int
             On the clock of ``time.monotonic_ns``.
 
@@ -49,141 +60,252 @@ cdef class PeerTarget(PeerSource):
         ------
         TransferFault
             SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS: about the local cache. TARGET_ADDRESS: nothing was written.
-            CACHE_RELEASED: the local cache was deallocated. TIMED_OUT, PEER_DEAD, REVOKED, LINK_CLOSED.
+            CACHE_RELEASED: the local cache was deallocated. TIMED_OUT, PEER_DEAD, REVOKED, LINK_CLOSED, MEMORY_FAULT,
+            MEMORY_DENIED, TARGET_READ_ONLY.
         """
         cdef uint64_t tensors = <uint64_t>len(addresses)
-        cdef uint64_t *plan = <uint64_t *>malloc((2 * tensors + 1) * sizeof(uint64_t))
+        cdef uint64_t *plan = <uint64_t *>malloc((3 * tensors + 1) * sizeof(uint64_t))
         cdef uint64_t i
+        cdef Source wanted
+        cdef Gate gate
         cdef Outcome outcome
         if plan == NULL:
             raise MemoryError()
         try:
             for i in range(tensors):
                 plan[tensors + i] = addresses[i]
+            wanted.first, wanted.tensors = source_first, tensors
             with nogil:
                 outcome = self._enter()
                 if outcome == DONE:
-                    outcome = self._push(source, source_first, tensors, plan, source_slot, pairs, deadline_ns)
+                    gate = self._gate(deadline_ns)
+                    outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)
+                    if outcome == DONE:
+                        outcome = self._push_to_addresses(&wanted, source, pairs, plan, &gate)
                     fetch_sub(&self._running, 1)
         finally:
             free(plan)
         if outcome != DONE:
             raise TransferFault(<int>outcome)
 
-    cdef Outcome _push(
-        self, LocalCache source, uint64_t source_first, uint64_t tensors, uint64_t *plan, uint64_t source_slot,
-        BlockPairs pairs, uint64_t deadline_ns,
-    ) noexcept nogil:
-        cdef Gate gate = self._gate(deadline_ns)
-        cdef uint64_t count = pairs.count if pairs is not None else 1
-        cdef uint64_t stride = source.stride
-        cdef uint64_t used = 0
-        cdef uint64_t i
-        cdef uint64_t needed = stride
-        cdef Run *runs
-        cdef Outcome outcome
-        if tensors > source.tensors or source_first > source.tensors - tensors:
-            return SOURCE_TENSORS
-        if pairs is None:
-            if source_slot >= source.slots:
-                return SLOT_UNKNOWN
-        elif pairs.max_source >= source.slots:
-            return SOURCE_BLOCK
-        elif pairs.max_target >= self._pool.size // stride:
-            return TARGET_ADDRESS
-        else:
-            needed = (pairs.max_target + 1) * stride
-        runs = <Run *>malloc(count * sizeof(Run))
-        if runs == NULL:
-            return NO_MEMORY
-        if pairs is None:
-            used = join_run(runs, 0, source_slot * stride, 0, stride)
-        else:
-            for i in range(count):
-                used = join_run(runs, used, pairs._sources[i] * stride, pairs._targets[i] * stride, stride)
-        if not source.pin():
-            outcome = CACHE_RELEASED
-        else:
-            for i in range(tensors):
-                plan[i] = source.address + (source_first + i) * source.step
-            outcome = self._copy_claimed(plan, tensors, runs, used, needed, &gate)
-            source.unpin()
-        free(runs)
-        return outcome
+    def push_to_key(
+        self, LocalCache source not None, uint64_t source_first, uint64_t tensors, uint64_t source_slot,
+        uint64_t kind, uint64_t key_id, uint64_t model_id, uint64_t remote_slot, uint64_t target_first,
+        BlockPairs pairs, uint64_t block_nbytes, uint64_t deadline_ns,
+    ):
+        """Copy slots or blocks of local tensors into a cache of the peer that a key names.
 
-    cdef Outcome _copy_claimed(
-        self, uint64_t *addresses, uint64_t tensors, const Run *runs, uint64_t num_runs, uint64_t needed,
-        const Gate *gate,
+        Parameters
+        ----------
+        source, source_first, source_slot, pairs, block_nbytes, deadline_ns
+            As in `push`; a block has the size of a slot of the peer's cache.
+        tensors : int
+            Number of tensors.
+        kind, key_id, model_id, remote_slot : int
+            ``(CACHE_ID, cache_id, 0, slot)``, without pairs; or ``(BLOCKS_KEY, 0, model_id, 0)``, with pairs.
+        target_first : int
+            First tensor there.
+
+        Raises
+        ------
+        TransferFault
+            As `push`. About the cache of the peer: KEY_UNKNOWN, TARGET_BLOCK, TARGET_RANGE, TARGET_TENSORS, BLOCK_SIZE.
+        """
+        cdef uint64_t *plan = <uint64_t *>malloc((2 * tensors + 1) * sizeof(uint64_t))
+        cdef Source wanted
+        cdef Gate gate
+        cdef Found found
+        cdef Outcome outcome
+        if plan == NULL:
+            raise MemoryError()
+        wanted.first, wanted.tensors = source_first, tensors
+        found.entry.tensors = found.entry.slots = found.entry.stride = 0
+        with nogil:
+            outcome = self._enter()
+            if outcome == DONE:
+                gate = self._gate(deadline_ns)
+                outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)
+                if outcome == DONE:
+                    outcome = self._claim_key(kind, key_id, model_id, &gate, &found)
+                if outcome == DONE:
+                    outcome = _check_target(&found.entry, &wanted, remote_slot, target_first, pairs)
+                    if outcome == DONE:
+                        outcome = self._addresses(&found.entry, target_first, tensors, plan + tensors)
+                    if outcome == DONE:
+                        outcome = self._move(
+                            &wanted, source, pairs, 0 if pairs is not None else remote_slot * found.entry.stride,
+                            plan, plan + tensors, tensors, 0, found.entry.flags & PRIVATE != 0, &gate,
+                        )
+                    self._drop_hazard(found.hazard)
+                fetch_sub(&self._running, 1)
+        free(plan)
+        if outcome != DONE:
+            raise TransferFault(<int>outcome, found.entry.tensors, found.entry.slots, found.entry.stride)
+
+    cdef Outcome _push_to_addresses(
+        self, const Source *wanted, LocalCache source, BlockPairs pairs, uint64_t *plan, const Gate *gate
     ) noexcept nogil:
-        """Translate the target addresses, claim the caches that they lie in, and copy."""
+        """Translate the target addresses, claim the caches that they lie in, and copy.
+
+        The plan has room for the source addresses, then come the target addresses, then room for a word about each.
+        """
         cdef Found claims[HAZARDS]
         cdef uint64_t claimed = 0
-        cdef uint64_t i
-        cdef Plan plan
-        cdef CopyOutcome copied
+        cdef uint64_t tensors = wanted.tensors
+        cdef uint64_t *targets = plan + tensors
+        cdef uint64_t *private = plan + 2 * tensors
+        cdef uint64_t needed = wanted.block
+        cdef uint64_t i, first
         cdef Outcome outcome = DONE
+        if pairs is not None:
+            if pairs.max_target >= (<uint64_t>1 << 62) // wanted.block:
+                return TARGET_ADDRESS
+            needed = (pairs.max_target + 1) * wanted.block
         for i in range(tensors):
-            outcome = self._resolve(&addresses[tensors + i], needed, claims, &claimed, gate)
+            outcome = self._resolve(&targets[i], needed, claims, &claimed, &private[i], gate)
             if outcome != DONE:
                 break
-        if outcome == DONE:
-            plan.sources = addresses
-            plan.targets = addresses + tensors
-            plan.tensors = tensors
-            plan.runs = runs
-            plan.num_runs = num_runs
-            copied = execute(&plan, gate)
-            # The peer revokes before it reuses memory, so a copy that ended before that is good.
-            fence_full()
-            if copied == COPY_TIMED_OUT:
-                outcome = TIMED_OUT
-            elif copied != COPIED or stopped(gate):
-                outcome = self._why_stopped()
+        first = 0
+        while outcome == DONE and first < tensors:
+            i = first + 1
+            while i < tensors and private[i] == private[first]:
+                i += 1
+            outcome = self._move(
+                wanted, source, pairs, 0, plan, targets + first, i - first, first, private[first] != 0, gate
+            )
+            first = i
         for i in range(claimed):
             self._drop_hazard(claims[i].hazard)
         return outcome
 
-    cdef Outcome _resolve(
-        self, uint64_t *address, uint64_t needed, Found *claims, uint64_t *claimed, const Gate *gate
+    cdef Outcome _move(
+        self, const Source *wanted, LocalCache source, BlockPairs pairs, uint64_t target_base, uint64_t *sources,
+        const uint64_t *targets, uint64_t tensors, uint64_t skip, bint private, const Gate *gate,
     ) noexcept nogil:
-        """Turn an address of the peer into one of the mapped pool, with a claim on the cache that it lies in."""
-        cdef uint64_t offset = address[0] - load_acquire(&self._header.pool_address)
+        """Copy to tensors that are claimed; `skip` tensors of the source come before them."""
+        cdef uint64_t used = 0
+        cdef uint64_t i
+        cdef Plan plan
+        cdef Outcome outcome
+        cdef Run *runs = <Run *>malloc((pairs.count if pairs is not None else 1) * sizeof(Run) + 1)
+        if runs == NULL:
+            return NO_MEMORY
+        if pairs is None:
+            used = join_run(runs, 0, wanted.base, target_base, wanted.block)
+        else:
+            for i in range(pairs.count):
+                used = join_run(
+                    runs, used, wanted.base + pairs._sources[i] * wanted.block, pairs._targets[i] * wanted.block,
+                    wanted.block,
+                )
+        if not source.pin():
+            outcome = CACHE_RELEASED
+        else:
+            for i in range(tensors):
+                sources[i] = source.tensor_at(wanted.first + skip + i)
+            plan.sources = sources
+            plan.targets = targets
+            plan.tensors = tensors
+            plan.runs = runs
+            plan.num_runs = used
+            outcome = self._carry(&plan, private, True, gate)
+            source.unpin()
+        free(runs)
+        return outcome
+
+    # ---- addresses of the peer
+
+    cdef Outcome _resolve(
+        self, uint64_t *address, uint64_t needed, Found *claims, uint64_t *claimed, uint64_t *private, const Gate *gate
+    ) noexcept nogil:
+        """Claim the cache that an address of the peer lies in, and turn it into one of the mapped pool if it is there.
+        """
         cdef uint64_t high_water = load_acquire(&self._header.high_water)
         cdef uint64_t i
+        cdef Found *found
         cdef Outcome outcome
-        if offset >= self._pool.size:
-            return TARGET_ADDRESS
-        address[0] = self._pool.base + offset
         for i in range(claimed[0]):
-            if self._holds(&claims[i], offset, needed):
-                return DONE
+            if self._holds(&claims[i].entry, address[0], needed):
+                return self._translate(&claims[i].entry, address, needed, private)
         if claimed[0] == HAZARDS:
             return NO_MEMORY
         if high_water > self._num_entries:
             high_water = self._num_entries
         if self._last_found >= high_water:
             self._last_found = 0
+        found = &claims[claimed[0]]
         for i in range(high_water):
-            claims[claimed[0]].index = (self._last_found + i) % high_water
-            if self._read_entry(claims[claimed[0]].index, &claims[claimed[0]].entry):
-                if self._holds(&claims[claimed[0]], offset, needed):
-                    outcome = self._claim_found(&claims[claimed[0]], gate)
-                    if outcome == KEY_UNKNOWN:
-                        continue  # deallocated in this moment
-                    if outcome == DONE:
-                        self._last_found = claims[claimed[0]].index
-                        claimed[0] += 1
-                    return outcome
+            found.index = (self._last_found + i) % high_water
+            if self._read_entry(found.index, &found.entry) and self._holds(&found.entry, address[0], needed):
+                outcome = self._claim_found(found, gate)
+                if outcome == KEY_UNKNOWN:
+                    continue  # deallocated in this moment
+                if outcome == DONE:
+                    self._last_found = found.index
+                    claimed[0] += 1
+                    outcome = self._translate(&found.entry, address, needed, private)
+                return outcome
         return TARGET_ADDRESS
 
-    cdef bint _holds(self, const Found *found, uint64_t offset, uint64_t needed) noexcept nogil:
-        """Whether `needed` bytes from an offset of the pool lie inside one tensor of a cache."""
-        cdef uint64_t within
-        if found.entry.kind != CACHE_ID or offset < found.entry.base:
+    cdef Outcome _translate(
+        self, const DirectoryEntry *entry, uint64_t *address, uint64_t needed, uint64_t *private
+    ) noexcept nogil:
+        cdef uint64_t offset
+        private[0] = entry.flags & PRIVATE
+        if not private[0]:
+            offset = address[0] - self._header.pool_address
+            if offset > self._pool.size or needed > self._pool.size - offset:
+                return TARGET_ADDRESS
+            address[0] = self._pool.base + offset
+        return DONE
+
+    cdef bint _holds(self, const DirectoryEntry *entry, uint64_t address, uint64_t needed) noexcept nogil:
+        """Whether `needed` bytes from an address of the peer lie inside one tensor of a cache."""
+        cdef uint64_t within, i
+        if entry.kind != CACHE_ID or entry.flags & HIDDEN:
             return False
-        within = offset - found.entry.base
-        if found.entry.tensors > 1:
-            if found.entry.step == 0 or within // found.entry.step >= found.entry.tensors:
+        if entry.flags & SCATTERED:
+            if not self._is_table(entry.base, entry.tensors):
                 return False
-            within = within % found.entry.step
-        return within < found.entry.tensor_nbytes and needed <= found.entry.tensor_nbytes - within
+            for i in range(entry.tensors):
+                within = address - load_relaxed(&self._tables[entry.base // sizeof(uint64_t) + i])
+                if within < entry.tensor_nbytes and needed <= entry.tensor_nbytes - within:
+                    return True
+            return False
+        within = address - self._header.pool_address - entry.base
+        if entry.tensors > 1:
+            if entry.step == 0 or within // entry.step >= entry.tensors:
+                return False
+            within = within % entry.step
+        return within < entry.tensor_nbytes and needed <= entry.tensor_nbytes - within
+
+
+cdef Outcome _check_source(
+    Source *wanted, LocalCache source, uint64_t slot, BlockPairs pairs, uint64_t block_nbytes
+) noexcept nogil:
+    """Check what is pushed against the local cache, and say where its blocks begin."""
+    cdef bint by_slot = pairs is None or block_nbytes != 0
+    if wanted.tensors > source.tensors or wanted.first > source.tensors - wanted.tensors:
+        return SOURCE_TENSORS
+    if by_slot and slot >= source.slots:
+        return SLOT_UNKNOWN
+    wanted.base = slot * source.stride if by_slot else 0
+    wanted.block = block_nbytes if block_nbytes != 0 else source.stride
+    if pairs is not None and pairs.max_source >= (source.stride // wanted.block if by_slot else source.slots):
+        return SOURCE_BLOCK
+    return DONE
+
+
+cdef Outcome _check_target(
+    const DirectoryEntry *entry, const Source *wanted, uint64_t slot, uint64_t first, BlockPairs pairs
+) noexcept nogil:
+    """Check what is pushed against a cache of the peer."""
+    if wanted.tensors > entry.tensors or first > entry.tensors - wanted.tensors:
+        return TARGET_TENSORS
+    if pairs is None:
+        if slot >= entry.slots:
+            return TARGET_BLOCK
+        return DONE if wanted.block <= entry.stride else TARGET_RANGE
+    if wanted.block != entry.stride:
+        return BLOCK_SIZE
+    return DONE if pairs.max_target < entry.slots else TARGET_BLOCK

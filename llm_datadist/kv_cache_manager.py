@@ -33,6 +33,7 @@ _ALIGNMENT = 512  # bytes; what a tensor occupies is a multiple of it
 
 # Names of the hot calls.
 _DECODER = LLMRole.DECODER
+_BLOCKS = 3  # KeyKind.BLOCKS
 _DEVICE = Placement.DEVICE
 _WHOLE_SLOT = PullCacheArguments(None, None, 0, 0, True)
 _ALL_TENSORS = TensorRanges(None, None)
@@ -326,7 +327,8 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
             if kwargs:
                 tensors = check_tensor_ranges(kwargs, decoder_kv_cache)
             key = prompt_cache_key
-            self._engine.pull_blocks(key._cluster_id, key._model_id, cache_id, prompt_blocks, decoder_blocks, *tensors)
+            name = (_BLOCKS, 0, key._model_id)
+            self._engine.pull_blocks(key._cluster_id, name, cache_id, prompt_blocks, decoder_blocks, *tensors)
         except (TypeError, ValueError):
             # Of several wrong arguments the first in the documented order counts.
             check_pull_blocks(prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, kwargs)

@@ -17,10 +17,11 @@ from llm_datadist._directory import Directory, DirectoryFull
 from llm_datadist._local import LocalCache
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.cache_pool import CachePool, CachePoolExhausted, Extent
-from llm_datadist.engine.failures import failure, invalid
+from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.keys import KeyKind, KeyName
-from llm_datadist.engine.options import SizeClass
-from llm_datadist.status import LLMException, LLMStatusCode
+from llm_datadist.engine.mode_codes import KV_MODE, ModeCodes
+from llm_datadist.engine.sealed_blocks import SealedBlocks
+from llm_datadist.status import LLMException
 
 _RETIRED_POLL_SECONDS = 0.0005
 
@@ -49,9 +50,9 @@ class _Held:
 
     __slots__ = ("entries", "entry", "id_held", "keys", "local", "offset")
 
-    def __init__(self, local: LocalCache, offset: int, entry: int) -> None:
+    def __init__(self, local: LocalCache, offset: int | None, entry: int) -> None:
         self.local = local
-        self.offset = offset
+        self.offset = offset  # in the pool; None: memory of the program
         self.entry = entry  # of the cache's id in the directory
         self.entries = [entry]  # all that go back to the directory together with the memory
         self.keys: dict[KeyName, int] = {}
@@ -63,10 +64,12 @@ class CacheTable:
 
     Parameters
     ----------
-    pool : HostPool
+    device : HostPool
         The device's memory; the table closes it.
-    classes : sequence of SizeClass
-        Size classes that the pool is cut into; empty for none.
+    pool : CachePool
+        Says where in it caches go.
+    codes : ModeCodes
+        Of the engine's mode.
 
     Attributes
     ----------
@@ -76,12 +79,14 @@ class CacheTable:
         Guards the directory and everything in here.
     """
 
-    def __init__(self, pool: HostPool, classes: Sequence[SizeClass] = ()) -> None:
-        self.device = pool
-        self.directory = Directory(pool.capacity, pool.address)
+    def __init__(self, device: HostPool, pool: CachePool, codes: ModeCodes = KV_MODE) -> None:
+        self.device = device
+        self.directory = Directory(device.capacity, device.address)
         self.lock = threading.Lock()
         self.by_id: dict[int, LocalCache] = {}
-        self._pool = CachePool(pool.capacity, classes)
+        self._codes = codes
+        self._pool = pool
+        self._seals = SealedBlocks(self.directory)
         self._held: dict[int, _Held] = {}
         self._keys: dict[KeyName, _Held] = {}
         self._key_of_entry: dict[int, KeyName] = {}
@@ -92,7 +97,14 @@ class CacheTable:
     # ---- holders
 
     def allocate(
-        self, tensors: int, tensor_nbytes: int, slots: int, keys: dict[KeyName, int], deadline: float, cache_id: int = 0
+        self,
+        tensors: int,
+        tensor_nbytes: int,
+        slots: int,
+        keys: dict[KeyName, int],
+        deadline: float,
+        cache_id: int = 0,
+        on_host: bool = False,
     ) -> tuple[int, list[int]]:
         """Allocate a cache and bind its keys, all or nothing.
 
@@ -106,6 +118,8 @@ class CacheTable:
             How long to wait for retired memory, on the clock of ``time.monotonic``.
         cache_id : int
             Id of the cache, above all earlier ones; 0 = the next one.
+        on_host : bool
+            In the pool for the placement HOST.
 
         Returns
         -------
@@ -116,25 +130,127 @@ class CacheTable:
         Raises
         ------
         LLMException
-            LLM_PARAM_INVALID: a key is bound already. LLM_DEVICE_OUT_OF_MEMORY: no room.
+            LLM_PARAM_INVALID: a key is bound already. The mode's code for no memory: no room.
         """
         with self.lock:
             self._settle()
-            for key in keys:
-                if key in self._keys:
-                    raise _key_is_bound(key)
+            self._require_unbound(keys)
             cache_id = self._last_id = cache_id or self._last_id + 1
-            offset, step = self._take(tensors, tensor_nbytes, deadline)
+            offset, step = self._take(tensors, tensor_nbytes, deadline, on_host)
+            first = self.device.address + offset
+            local = LocalCache(cache_id, first, step, tensor_nbytes, tensor_nbytes // slots, tensors, slots)
             try:
                 self.device.prepare(offset, step * tensors)
-                held = self._publish(cache_id, offset, step, tensor_nbytes, tensors, slots, keys)
+                self._publish(local, offset, keys)
             except (DirectoryFull, OSError) as error:
                 self._pool.free(offset)
-                code = LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
-                raise failure("allocation", code, str(error)) from error
-            self.by_id[cache_id] = held.local
-        first = self.device.address + offset
+                raise failure("allocation", self._codes.out_of_memory, str(error)) from error
         return cache_id, [first + index * step for index in range(tensors)]
+
+    def register(
+        self,
+        tensors: int,
+        tensor_nbytes: int,
+        slots: int,
+        addresses: list[int],
+        keys: dict[KeyName, int],
+        accessible: bool,
+    ) -> int:
+        """Take memory of the program as a cache and bind its keys, all or nothing; gives the id.
+
+        Parameters
+        ----------
+        tensors, tensor_nbytes, slots : int
+            Number of tensors, bytes of each, slots of each; all > 0.
+        addresses : list of int
+            One a tensor, in the pool or anywhere else in the process.
+        keys : dict of KeyName to int
+            Key and the slot that it names; pulls never release them.
+        accessible : bool
+            Whether peers may touch the cache.
+
+        Raises
+        ------
+        LLMException
+            LLM_PARAM_INVALID: a key is bound already. The mode's code for no memory: too many caches.
+        """
+        with self.lock:
+            self._settle()
+            self._require_unbound(keys)
+            cache_id = self._last_id = self._last_id + 1
+            local = LocalCache(cache_id, 0, 0, tensor_nbytes, tensor_nbytes // slots, tensors, slots, addresses)
+            try:
+                self._publish(local, None, keys, addresses, accessible)
+            except DirectoryFull as error:
+                raise failure("register", self._codes.out_of_memory, str(error)) from error
+        return cache_id
+
+    def unregister(self, cache_id: int, deadline: float) -> None:
+        """Give memory back to the program: when this returns, no transfer touches it. Unknown ids are ignored.
+
+        Raises
+        ------
+        LLMException
+            The mode's code for a timeout: a peer still uses the memory. The cache is hidden, another call waits again.
+        """
+        with self.lock:
+            held = self._held.get(cache_id)
+            if held is not None and held.offset is None:
+                for key in list(held.keys):
+                    self._unbind(key)
+                self._give_up_id(cache_id)
+        while self._is_retired(cache_id):
+            if time.monotonic() >= deadline:
+                reason = f"a peer or a transfer still uses the memory of cache {cache_id}: unlink, or call again"
+                raise failure("unregister_cache", self._codes.timeout, reason)
+            time.sleep(_RETIRED_POLL_SECONDS)
+
+    def _is_retired(self, cache_id: int) -> bool:
+        with self.lock:
+            self._settle()
+            return any(held.local.cache_id == cache_id for held in self._retired)
+
+    # ---- memory of the pool for tensors of the program
+
+    def reserve(self, nbytes: int, deadline: float, on_host: bool) -> int:
+        """Give a range of the pool to the program; gives its address. Raises as `allocate` for no room."""
+        with self.lock:
+            self._settle()
+            offset, _ = self._take(1, nbytes, deadline, on_host)
+            try:
+                self.device.prepare(offset, nbytes)
+            except OSError as error:
+                self._pool.free(offset)
+                raise failure("reserve_memory", self._codes.out_of_memory, str(error)) from error
+            return self.device.address + offset
+
+    def release(self, address: int) -> None:
+        """Take back what `reserve` gave; caches that were registered in it must be unregistered before."""
+        with self.lock:
+            self._pool.free(address - self.device.address)
+
+    # ---- seals
+
+    def seal_blocks(self, cache_id: int, blocks: list[int], lease_s: float | None) -> bytes:
+        """Seal blocks of a cache whose id is held; see `SealedBlocks.seal`."""
+        with self.lock:
+            held = self._held.get(cache_id)
+            if held is None or not held.id_held:
+                raise no_cache("publish_blocks", cache_id)
+            try:
+                return self._seals.seal(cache_id, held.entry, blocks, lease_s)
+            except DirectoryFull as error:
+                raise failure("publish_blocks", self._codes.out_of_memory, str(error)) from error
+
+    def break_seals(self, token: bytes) -> None:
+        """Break the seals that a token stands for; see `SealedBlocks.retire`."""
+        with self.lock:
+            self._seals.retire(token)
+
+    def break_expired_seals(self, cache_id: int) -> list[int]:
+        """Break the seals whose lease has run out; gives the blocks. See `SealedBlocks.retire_expired`."""
+        with self.lock:
+            return self._seals.retire_expired(cache_id)
 
     def deallocate(self, cache_id: int) -> bool:
         """Give up the id of a cache; False if it was not held."""
@@ -179,11 +295,11 @@ class CacheTable:
             )
 
     def tensor_range(self, cache_id: int, tensor_index: int) -> tuple[int, int] | None:
-        """Offset in the pool and bytes of one tensor; None if the id is not held."""
+        """Address and bytes of one tensor; None if the id is not held."""
         local = self.by_id.get(cache_id)
         if local is None:
             return None
-        return local.address - self.device.address + tensor_index * local.step, local.tensor_nbytes
+        return local.tensor_address(tensor_index), local.tensor_nbytes
 
     def close(self) -> None:
         """Drop everything; no transfer may be running. May be called twice."""
@@ -198,20 +314,33 @@ class CacheTable:
 
     # ---- with the lock held
 
+    def _require_unbound(self, keys: dict[KeyName, int]) -> None:
+        for key in keys:
+            if key in self._keys:
+                raise _key_is_bound(key)
+
     def _publish(
         self,
-        cache_id: int,
-        offset: int,
-        step: int,
-        tensor_nbytes: int,
-        tensors: int,
-        slots: int,
+        local: LocalCache,
+        offset: int | None,
         keys: dict[KeyName, int],
-    ) -> _Held:
-        stride = tensor_nbytes // slots
+        addresses: list[int] | None = None,
+        accessible: bool = True,
+    ) -> None:
         directory = self.directory
-        entry = directory.publish_cache(cache_id, offset, step, tensor_nbytes, stride, tensors, slots)
-        local = LocalCache(cache_id, self.device.address + offset, step, tensor_nbytes, stride, tensors, slots)
+        entry = directory.publish_cache(
+            local.cache_id,
+            offset or 0,
+            local.step,
+            local.tensor_nbytes,
+            local.stride,
+            local.tensors,
+            local.slots,
+            addresses,
+            private=addresses is not None and not self._are_in_pool(addresses, local.tensor_nbytes),
+            registered=addresses is not None,
+            hidden=not accessible,
+        )
         held = _Held(local, offset, entry)
         try:
             for key, slot in keys.items():
@@ -227,16 +356,20 @@ class CacheTable:
         for key, index in held.keys.items():
             self._keys[key] = held
             self._key_of_entry[index] = key
-        self._held[cache_id] = held
-        return held
+        self._held[local.cache_id] = held
+        self.by_id[local.cache_id] = local
 
-    def _take(self, tensors: int, tensor_nbytes: int, deadline: float) -> Extent:
+    def _are_in_pool(self, addresses: list[int], nbytes: int) -> bool:
+        first, end = self.device.address, self.device.address + self.device.capacity
+        return all(first <= address and address + nbytes <= end for address in addresses)
+
+    def _take(self, tensors: int, tensor_nbytes: int, deadline: float, on_host: bool) -> Extent:
         while True:
             try:
-                return self._pool.allocate(tensors, tensor_nbytes)
+                return self._pool.allocate(tensors, tensor_nbytes, on_host=on_host)
             except CachePoolExhausted as error:
                 if error.hopeless or not self._retired or time.monotonic() >= deadline:
-                    raise failure("allocation", LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY, str(error)) from None
+                    raise failure("allocation", self._codes.out_of_memory, str(error)) from None
             # Peers finish their copies within moments; they take no lock of ours.
             time.sleep(_RETIRED_POLL_SECONDS)
             self._settle()
@@ -260,6 +393,7 @@ class CacheTable:
         local.release()
         held = self._held[cache_id]
         held.id_held = False
+        self._seals.forget(cache_id)
         for key in list(held.keys):
             if key[0] == KeyKind.BLOCKS:  # a blocks key goes with the id
                 self._unbind(key)
@@ -285,7 +419,8 @@ class CacheTable:
         if self.directory.is_claimed(held.local.cache_id) or held.local.pinned:
             self._retired.append(held)
             return
-        self._pool.free(held.offset)
+        if held.offset is not None:
+            self._pool.free(held.offset)
         for entry in held.entries:
             self.directory.release(entry)
 

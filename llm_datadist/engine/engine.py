@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import time
 from collections.abc import Sequence
 
-from llm_datadist._core import TransferFault
-from llm_datadist._local import block_pairs
+from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.devices.host import HostPool
+from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
-from llm_datadist.engine.failures import failure, invalid, no_cache, push_failure, transfer_failure
-from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, local_tensors, slot_bytes
+from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress
 from llm_datadist.engine.link_calls import LinkCalls, LinkResult
@@ -21,19 +21,20 @@ from llm_datadist.engine.link_client import Identity, LinkClient
 from llm_datadist.engine.link_server import LinkServer
 from llm_datadist.engine.link_table import LinkDescription, LinkTable
 from llm_datadist.engine.local_copies import LocalCopies
+from llm_datadist.engine.mode_codes import CACHE_MANAGER_MODE, KV_MODE
 from llm_datadist.engine.options import EngineOptions
+from llm_datadist.engine.transfer_failures import TransferFailures
 from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
+from llm_datadist.engine.transfers import Transfers
 from llm_datadist.roles import LLMRole
-from llm_datadist.status import LLMStatusCode
+from llm_datadist.status import LLMException, LLMStatusCode
 from llm_datadist.transports.rendezvous import host_identity
 from llm_datadist.transports.shared_memory import SharedMemoryGrant
 
 DEFAULT_POOL_BYTES = 1 << 30  # when ge.flowGraphMemMaxSize is not given; pages are taken only as caches need them
 
-_ALL = -1  # a count of remote tensors: the puller takes as many as there are
 
-
-class Engine:
+class Engine(Transfers):
     """One device's caches and this process's links.
 
     Parameters
@@ -44,7 +45,7 @@ class Engine:
     Raises
     ------
     LLMException
-        LLM_DEVICE_OUT_OF_MEMORY: the pool cannot be reserved. LLM_FAILED: the listen address cannot be bound.
+        The mode's code for no memory: the pool cannot be reserved. LLM_FAILED: the listen address cannot be bound.
         Nothing is left open.
     """
 
@@ -52,25 +53,20 @@ class Engine:
         self.role = options.role
         self.is_open = True
         self._pid = os.getpid()
+        self._codes = KV_MODE if options.cache_manager is None else CACHE_MANAGER_MODE
+        self._remote_access = options.cache_manager is not None and options.cache_manager.remote_access
         self._timeout_ms = options.sync_kv_timeout_ms
         self._timeout_s = options.sync_kv_timeout_ms / 1000
         self._timeout_ns = options.sync_kv_timeout_ms * 1_000_000
-        self._transfers = TransferJobs()
-        pool = HostPool(
-            DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes,
-            peers_may_write=options.role is LLMRole.DECODER or options.enable_switch_role,
-        )
-        try:
-            self._caches = CacheTable(pool, options.buf_pool_classes)
-        except BaseException:
-            pool.close()
-            raise
+        self._failures = TransferFailures(self._codes, options.sync_kv_timeout_ms)
+        self._jobs = TransferJobs(self._codes.timeout)
+        self._caches = _open_caches(options)
         try:
             self._loop = ControlLoop()
         except BaseException:
             self._caches.close()
             raise
-        self._copies = LocalCopies(self._caches, self._timeout_ms)
+        self._copies = LocalCopies(self._caches, self._timeout_ms, self._codes.timeout)
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
         self._links = LinkTable(self._loop, self._caches.forget_peer)
         self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity, self._grant))
@@ -91,7 +87,7 @@ class Engine:
         self.is_open = False
         if os.getpid() != self._pid:
             return  # a forked child: threads and sockets are the parent's
-        self._transfers.close(self._timeout_s)  # no push takes longer
+        self._jobs.close(self._timeout_s)  # no push takes longer
         self._loop.stop()
         if self._server is not None:
             self._server.close()
@@ -109,6 +105,7 @@ class Engine:
         keys: Sequence[KeyName | None] = (),
         blocks_model: int | None = None,
         cache_id: int = 0,
+        host: bool = False,
     ) -> tuple[int, list[list[int]]]:
         """Allocate a cache and bind its keys, all or nothing.
 
@@ -122,6 +119,8 @@ class Engine:
             Model whose blocks cache this is; None for a cache without that key.
         cache_id : int
             Id of the cache, above all earlier ones; 0 = the next one.
+        host : bool
+            In the pool of host memory, in cache-manager mode.
 
         Returns
         -------
@@ -133,17 +132,57 @@ class Engine:
         Raises
         ------
         LLMException
-            LLM_PARAM_INVALID: a key is bound, or more keys than slots. LLM_DEVICE_OUT_OF_MEMORY: no room.
+            LLM_PARAM_INVALID: a key is bound, or more keys than slots. The mode's code for no memory: no room.
         """
-        self._require_open("allocate_cache")
-        if len(keys) > slots:
-            raise invalid("allocate_cache", f"{len(keys)} cache_keys for {slots} slots, at most one key a slot")
-        bound = slots_of_keys(keys)
-        if blocks_model is not None:
-            bound[(int(KeyKind.BLOCKS), 0, blocks_model)] = 0
+        call = "allocate_cache"
+        self._require_open(call)
+        bound = _bound(call, keys, slots, blocks_model)
         deadline = time.monotonic() + self._timeout_s
-        cache_id, addresses = self._caches.allocate(num_tensors, tensor_nbytes, slots, bound, deadline, cache_id)
+        cache_id, addresses = self._caches.allocate(num_tensors, tensor_nbytes, slots, bound, deadline, cache_id, host)
         return cache_id, [addresses]
+
+    def register(
+        self,
+        num_tensors: int,
+        tensor_nbytes: int,
+        slots: int,
+        addresses: list[int],
+        keys: Sequence[KeyName | None] = (),
+        blocks_model: int | None = None,
+        accessible: bool = True,
+    ) -> int:
+        """Take memory of the program as a cache; gives its id. Pulls never release its keys.
+
+        Parameters
+        ----------
+        num_tensors, tensor_nbytes, slots, keys, blocks_model
+            As in `allocate`.
+        addresses : list of int
+            One a tensor. Memory in a pool of the engine is recognised.
+        accessible : bool
+            Whether peers may touch the cache, when remote access is on; else they always may.
+
+        Raises
+        ------
+        LLMException
+            LLM_PARAM_INVALID: not one address a tensor, an address that cannot be, a key that is bound, or more keys
+            than slots. LLM_OUT_OF_MEMORY: too many caches.
+        """
+        call = "register_cache"
+        self._require_open(call)
+        if len(addresses) != num_tensors:
+            raise invalid(call, f"{len(addresses)} addrs for {num_tensors} tensors, the numbers should be equal")
+        for address in addresses:
+            if not 0 < address <= UINT64_MAX - tensor_nbytes:
+                raise invalid(call, f"address {address} is out of range, {tensor_nbytes} bytes do not lie there")
+        bound = _bound(call, keys, slots, blocks_model)
+        visible = accessible or not self._remote_access
+        return self._caches.register(num_tensors, tensor_nbytes, slots, addresses, bound, visible)
+
+    def unregister(self, cache_id: int) -> None:
+        """Give registered memory back to the program; see `CacheTable.unregister`."""
+        self._require_open("unregister_cache")
+        self._caches.unregister(cache_id, time.monotonic() + self._timeout_s)
 
     def deallocate(self, cache_id: int) -> None:
         """Give up the id of a cache; its memory goes when no key and no transfer needs it."""
@@ -166,184 +205,55 @@ class Engine:
         found = self._caches.tensor_range(cache_id, tensor_index)
         if found is None:
             raise no_cache("get_cache_tensors", cache_id)
-        return [self._caches.device.memory(*found)]
+        return [self.memory(*found)]
+
+    def memory(self, address: int, nbytes: int) -> memoryview:
+        """Give a range of memory of this process as writable bytes; in the pool it stays mapped as long as the view."""
+        device = self._caches.device
+        offset = address - device.address
+        if 0 <= offset <= device.capacity - nbytes:
+            return device.memory(offset, nbytes)
+        return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+    def reserve_memory(self, nbytes: int, host: bool = False) -> int:
+        """Give a range of the pool to the program; gives its address, a multiple of 512.
+
+        Raises
+        ------
+        LLMException
+            The mode's code for no memory: no room.
+        """
+        self._require_open("reserve_memory")
+        return self._caches.reserve(nbytes, time.monotonic() + self._timeout_s, host)
+
+    def release_memory(self, address: int) -> None:
+        """Take back what `reserve_memory` gave; nothing happens once the engine is finalized."""
+        if self.is_open and os.getpid() == self._pid:
+            self._caches.release(address)
+
+    # ---- sealed blocks
+
+    def publish_blocks(self, cache_id: int, blocks: list[int], lease_s: float | None = None) -> bytes:
+        """Seal blocks of a cache under a new token; see `SealedBlocks.seal`. Raises LLM_KV_CACHE_NOT_EXIST too."""
+        self._require_open("publish_blocks")
+        return self._caches.seal_blocks(cache_id, blocks, lease_s)
+
+    def retire_blocks(self, token: bytes) -> None:
+        """Break the seals of a token: no pull with it succeeds that reads what is written from now on."""
+        self._require_open("retire_blocks")
+        self._caches.break_seals(token)
+
+    def retire_expired(self, cache_id: int) -> list[int]:
+        """Break the seals of a cache whose lease has run out; gives the blocks."""
+        self._require_open("retire_expired")
+        return self._caches.break_expired_seals(cache_id)
 
     def statistics(self) -> PoolStatistics:
         """Tell the level of the pool."""
         self._require_open("statistics")
         return self._caches.statistics()
 
-    # ---- pulls
-
-    def pull_cache(
-        self,
-        cluster_id: int,
-        key: KeyName,
-        cache_id: int,
-        batch_index: int,
-        size: int,
-        src_tensors: TensorRange,
-        dst_tensors: TensorRange,
-        src_offset: int,
-        dst_offset: int,
-        consume: bool,
-    ) -> None:
-        """Copy one remote slot, or a part of it, into a slot of a local cache.
-
-        Parameters
-        ----------
-        cluster_id : int
-            Remote cluster.
-        key : KeyName
-            Ordinary or prefix key, or ``(CACHE, cache_id, slot)`` of the remote cache.
-        cache_id, batch_index : int
-            Local cache and slot.
-        size : int
-            Bytes, or -1 for the rest of the local slot.
-        src_tensors, dst_tensors : (int, int) or None
-            First tensor and number of tensors; None = all.
-        src_offset, dst_offset : int
-            First byte inside the slots.
-        consume : bool
-            Whether an ordinary key is released when all its tensors were pulled.
-
-        Raises
-        ------
-        LLMException
-            The codes of ``KvCacheManager.pull_cache``.
-        """
-        call = "pull_cache"
-        self._require_open(call)
-        cache = self._caches.by_id.get(cache_id)
-        if cache is None:
-            raise no_cache(call, cache_id)
-        local_slot(call, cache, batch_index)
-        dst_first, dst_count = local_tensors(call, cache, dst_tensors)
-        size = slot_bytes(call, cache, dst_offset, size)
-        puller = self._links.puller(call, cluster_id)
-        kind, number, third = key
-        by_id = kind == KeyKind.CACHE
-        src_first, src_count = (0, _ALL) if src_tensors is None else src_tensors
-        try:
-            puller.pull_cache(
-                cache,
-                kind,
-                number,
-                0 if by_id else third,
-                third if by_id else 0,
-                batch_index,
-                size,
-                src_first,
-                src_count,
-                dst_first,
-                dst_count,
-                src_offset,
-                dst_offset,
-                consume,
-                time.monotonic_ns() + self._timeout_ns,
-            )
-        except TransferFault as fault:
-            raise transfer_failure(call, cluster_id, _key_text(key), cache, fault, self._timeout_ms) from None
-
-    def pull_blocks(
-        self,
-        cluster_id: int,
-        model_id: int,
-        cache_id: int,
-        src_blocks: list[int],
-        dst_blocks: list[int],
-        src_tensors: TensorRange,
-        dst_tensors: TensorRange,
-    ) -> None:
-        """Copy block ``src_blocks[i]`` of a remote blocks cache into block ``dst_blocks[i]`` of a local cache.
-
-        Raises
-        ------
-        ValueError
-            A block number is negative or beyond uint64.
-        LLMException
-            The codes of ``KvCacheManager.pull_blocks``.
-        """
-        call = "pull_blocks"
-        self._require_open(call)
-        pairs = block_pairs(src_blocks, dst_blocks)
-        cache = self._caches.by_id.get(cache_id)
-        if cache is None:
-            raise no_cache(call, cache_id)
-        local_blocks(call, cache, pairs)
-        dst_first, dst_count = local_tensors(call, cache, dst_tensors)
-        puller = self._links.puller(call, cluster_id)
-        src_first, src_count = (0, _ALL) if src_tensors is None else src_tensors
-        try:
-            puller.pull_blocks(
-                cache,
-                model_id,
-                pairs,
-                src_first,
-                src_count,
-                dst_first,
-                dst_count,
-                time.monotonic_ns() + self._timeout_ns,
-            )
-        except TransferFault as fault:
-            key = f"the blocks key of model {model_id}"
-            raise transfer_failure(call, cluster_id, key, cache, fault, self._timeout_ms) from None
-
-    # ---- pushes
-
-    def push_layer(
-        self,
-        cluster_id: int,
-        cache_id: int,
-        tensors: tuple[int, int],
-        addresses: list[int],
-        src_slot: int | None,
-        src_blocks: list[int] | None,
-        dst_blocks: list[int] | None,
-        block_nbytes: int,
-    ) -> None:
-        """Copy the tensors of one layer to addresses in a decoder's process.
-
-        Parameters
-        ----------
-        cluster_id : int
-            The decoder, which has linked to this process.
-        cache_id : int
-            Local cache.
-        tensors : (int, int)
-            First tensor and number of tensors.
-        addresses : list of int
-            One a tensor: where its slot goes, or where the destination's tensor starts when blocks are given.
-        src_slot : int or None
-            Local slot; not used when blocks are given.
-        src_blocks, dst_blocks : list of int or None
-            Block table: both or none.
-        block_nbytes : int
-            Bytes of a destination block; 0 = those of a source block.
-
-        Raises
-        ------
-        LLMException
-            LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_NOT_YET_LINK, LLM_WAIT_PROCESS_TIMEOUT.
-        """
-        call = "transfer_cache_async"
-        self._require_open(call)
-        pairs = None if src_blocks is None or dst_blocks is None else block_pairs(src_blocks, dst_blocks)
-        cache = self._caches.by_id.get(cache_id)
-        if cache is None:
-            raise no_cache(call, cache_id)
-        if pairs is not None and block_nbytes not in (0, cache.stride):
-            reason = f"dst_block_memory_size is {block_nbytes}, a source block has {cache.stride} bytes"
-            raise invalid(call, reason)
-        pusher = self._links.pusher(call, cluster_id)
-        deadline_ns = time.monotonic_ns() + self._timeout_ns
-        try:
-            first, count = tensors
-            if count != len(addresses):
-                raise invalid(call, f"{len(addresses)} addresses for {count} tensors")
-            pusher.push(cache, first, addresses, src_slot or 0, pairs, deadline_ns)
-        except TransferFault as fault:
-            raise push_failure(call, cluster_id, cache, fault, self._timeout_ms) from None
+    # ---- layer-wise transfers
 
     def transfer(self, transfer: LayerTransfer, synchronize_layer: SynchronizeLayer, source: object) -> TransferJob:
         """Begin to send a cache layer by layer in the background; see ``KvCacheManager.transfer_cache_async``.
@@ -351,7 +261,7 @@ class Engine:
         `source` is the handle of the cache; it is kept alive until the transfer has ended.
         """
         self._require_open("transfer_cache_async")
-        return self._transfers.start(transfer, synchronize_layer, self.push_layer, source)
+        return self._jobs.start(transfer, synchronize_layer, self.push_layer, source)
 
     # ---- copies inside the process
 
@@ -466,8 +376,36 @@ class Engine:
             raise failure(call, LLMStatusCode.LLM_FAILED, reason)
 
 
-def _key_text(key: KeyName) -> str:
-    kind, number, third = key
-    if kind == KeyKind.CACHE:
-        return f"cache id {number}, batch index {third}"
-    return f"{KeyKind(kind).name.lower()} key {number} of model {third}"
+def _open_caches(options: EngineOptions) -> CacheTable:
+    """Reserve the memory of an engine, with nothing in it."""
+    mode = options.cache_manager
+    if mode is None:
+        nbytes = DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes
+        pool = CachePool(nbytes, options.buf_pool_classes)
+        writable = options.role is LLMRole.DECODER or options.enable_switch_role
+    else:
+        # A segment must have a page, also if every cache is memory of the program.
+        nbytes = max(mode.device_pool_bytes + mode.host_pool_bytes, 1)
+        device = Placed(mode.device_pool_bytes, mode.device_page_bytes)
+        pool = CachePool(nbytes, device=device, host=Placed(mode.host_pool_bytes, mode.host_page_bytes))
+        writable = True
+    codes = KV_MODE if mode is None else CACHE_MANAGER_MODE
+    try:
+        device_pool = HostPool(nbytes, peers_may_write=writable)
+    except LLMException as error:
+        raise failure("init", codes.out_of_memory, str(error)) from error
+    try:
+        return CacheTable(device_pool, pool, codes)
+    except BaseException:
+        device_pool.close()
+        raise
+
+
+def _bound(call: str, keys: Sequence[KeyName | None], slots: int, blocks_model: int | None) -> dict[KeyName, int]:
+    """Say which keys a new cache is bound to, and the slot that each names."""
+    if len(keys) > slots:
+        raise invalid(call, f"{len(keys)} cache_keys for {slots} slots, at most one key a slot")
+    bound = slots_of_keys(keys)
+    if blocks_model is not None:
+        bound[(int(KeyKind.BLOCKS), 0, blocks_model)] = 0
+    return bound

@@ -120,7 +120,7 @@ class LinkClient:
             connection.sendall(accept.token)
             connection.settimeout(_left(deadline))
             granted = rendezvous.receive_descriptors(connection, rendezvous.GRANTED, shared_memory.NUM_DESCRIPTORS)
-            puller = shared_memory.attach(granted, pool_writable=False)
+            puller = shared_memory.attach(granted, pool_writable=False, connection=connection)
             grant = self._make_grant(True)
             grant.send(connection, rendezvous.MAPPED)
             connection.settimeout(_left(deadline))

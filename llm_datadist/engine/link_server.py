@@ -236,7 +236,7 @@ class LinkServer:
         assert grant is not None
         try:
             granted = rendezvous.receive_descriptors(connection, rendezvous.MAPPED, shared_memory.NUM_DESCRIPTORS)
-            pusher = shared_memory.attach(granted, pool_writable=True)
+            pusher = shared_memory.attach(granted, pool_writable=True, connection=connection)
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from llm_datadist._local_copies import LocalCopier, LocalOutcome
 from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.failures import failure, invalid, no_cache
+from llm_datadist.engine.mode_codes import KV_MODE
 from llm_datadist.status import LLMException, LLMStatusCode
 
 _CLOSE_SECONDS = 5.0  # a running copy sees within about a millisecond that it must end
@@ -27,9 +28,12 @@ class LocalCopies:
         Caches of the engine.
     timeout_ms : int
         How long one call may take, the time in the queue included.
+    timeout_code : LLMStatusCode
+        What a call ends with that takes longer.
     """
 
-    def __init__(self, table: CacheTable, timeout_ms: int) -> None:
+    def __init__(self, table: CacheTable, timeout_ms: int, timeout_code: LLMStatusCode = KV_MODE.timeout) -> None:
+        self._timeout_code = timeout_code
         self._table = table
         self._timeout_ms = timeout_ms
         self._queue = threading.Lock()
@@ -165,7 +169,7 @@ class LocalCopies:
 
     def _timed_out(self, call: str) -> LLMException:
         reason = f"not finished within sync_kv_timeout of {self._timeout_ms} ms"
-        return failure(call, LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT, reason)
+        return failure(call, self._timeout_code, reason)
 
 
 def _bytes_to_copy(call: str, src: LocalCache, dst: LocalCache, offset: int, size: int) -> int:

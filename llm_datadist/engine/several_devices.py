@@ -166,17 +166,18 @@ class SeveralDevices:
     def pull_blocks(
         self,
         cluster_id: int,
-        model_id: int,
+        key: KeyName,
         cache_id: int,
-        src_blocks: list[int],
+        src_blocks: list[int] | None,
         dst_blocks: list[int],
         src_tensors: TensorRange,
         dst_tensors: TensorRange,
+        token: bytes | None = None,
     ) -> None:
         """Pull on every device at the same time; see `Engine.pull_blocks`."""
         self._on_each(
             lambda _, engine: engine.pull_blocks(
-                cluster_id, model_id, cache_id, src_blocks, dst_blocks, src_tensors, dst_tensors
+                cluster_id, key, cache_id, src_blocks, dst_blocks, src_tensors, dst_tensors, token
             )
         )
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
+from llm_datadist.engine.keys import KeyName
+from llm_datadist.engine.mode_codes import KV_MODE
 from llm_datadist.status import LLMException, LLMStatusCode
 
 _log = logging.getLogger("llm_datadist.transfer")
@@ -19,9 +21,22 @@ TENSORS_PER_LAYER = 2  # K and V
 THREAD_NAME = "llm_datadist-transfer"
 
 SynchronizeLayer = Callable[[int, None], object]
-# cluster, cache, (first tensor, tensors), addresses, slot, source blocks, destination blocks, bytes of a block
+# cluster, cache, (first tensor, tensors), addresses, slot, source blocks, destination blocks, bytes of a block, key of
+# the destination, its first tensor
 PushLayer = Callable[
-    [int, int, tuple[int, int], list[int], Optional[int], Optional[list[int]], Optional[list[int]], int], None
+    [
+        int,
+        int,
+        tuple[int, int],
+        list[int],
+        Optional[int],
+        Optional[list[int]],
+        Optional[list[int]],
+        int,
+        Optional[KeyName],
+        int,
+    ],
+    None,
 ]
 
 
@@ -35,15 +50,21 @@ class Destination(NamedTuple):
     layers : range
         Layers of the source that it gets.
     addresses : tuple of int
-        Where they go in its process, `TENSORS_PER_LAYER` a layer of the range.
+        Where they go in its process, `TENSORS_PER_LAYER` a layer of the range; empty if they go to a key.
     src_slot : int or None
-        Slot of the source; None if blocks are sent.
+        Slot of the source; None if blocks of the source are sent.
+    key : KeyName or None
+        Cache that they go to.
+    dst_layers : range or None
+        Layers of that cache, as many as `layers`.
     """
 
     cluster_id: int
     layers: range
     addresses: tuple[int, ...]
     src_slot: int | None
+    key: KeyName | None = None
+    dst_layers: range | None = None
 
 
 class LayerTransfer(NamedTuple):
@@ -56,7 +77,7 @@ class LayerTransfer(NamedTuple):
     destinations : tuple of Destination
         Receivers, in the order of the results.
     src_blocks, dst_blocks : list of int or None
-        Block table of the transfer; None if a slot is sent.
+        Block table of the transfer; None if a slot is sent. Destination blocks alone: the slot is cut into blocks.
     block_nbytes : int
         Bytes of a block at the destination; 0 = as at the source.
     """
@@ -75,10 +96,13 @@ class TransferJob:
     ----------
     transfer : LayerTransfer
         What to send.
+    timeout_code : LLMStatusCode
+        What a wait says that ends before the job.
     """
 
-    def __init__(self, transfer: LayerTransfer) -> None:
+    def __init__(self, transfer: LayerTransfer, timeout_code: LLMStatusCode = KV_MODE.timeout) -> None:
         self._transfer = transfer
+        self._timeout_code = timeout_code
         self._results: list[LLMStatusCode | None] = [None] * len(transfer.destinations)
         # Guards the three flags; never held while the program's code runs or bytes move. It can be taken twice: a
         # signal handler may finalise while its thread waits in here.
@@ -90,18 +114,18 @@ class TransferJob:
     # ---- for whoever waits
 
     def get(self, timeout_s: float | None) -> LLMStatusCode:
-        """Wait, then give the first failure, or LLM_SUCCESS; LLM_WAIT_PROCESS_TIMEOUT while it runs."""
+        """Wait, then give the first failure, or LLM_SUCCESS; the code of a timeout while it runs."""
         if not self._wait(timeout_s):
-            return LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+            return self._timeout_code
         for code in self._results:
             if code is not None and code is not LLMStatusCode.LLM_SUCCESS:
                 return code
         return LLMStatusCode.LLM_SUCCESS
 
     def get_results(self, timeout_s: float | None) -> list[LLMStatusCode | None]:
-        """Wait, then give one result a destination; LLM_WAIT_PROCESS_TIMEOUT for each while it runs."""
+        """Wait, then give one result a destination; the code of a timeout for each while it runs."""
         if not self._wait(timeout_s):
-            return [LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT] * len(self._results)
+            return [self._timeout_code] * len(self._results)
         return list(self._results)
 
     def stop(self, timeout_s: float) -> bool:
@@ -165,18 +189,20 @@ class TransferJob:
     def _send(self, layer: int, index: int, push_layer: PushLayer) -> bool:
         """Send a layer to one destination and note the result, if it is one."""
         transfer = self._transfer
-        cluster_id, layers, addresses, src_slot = transfer.destinations[index]
-        first = TENSORS_PER_LAYER * (layer - layers.start)
+        cluster_id, layers, addresses, src_slot, key, dst_layers = transfer.destinations[index]
+        nth = layer - layers.start
         try:
             push_layer(
                 cluster_id,
                 transfer.cache_id,
                 (TENSORS_PER_LAYER * layer, TENSORS_PER_LAYER),
-                list(addresses[first : first + TENSORS_PER_LAYER]),
+                list(addresses[TENSORS_PER_LAYER * nth : TENSORS_PER_LAYER * (nth + 1)]),
                 src_slot,
                 transfer.src_blocks,
                 transfer.dst_blocks,
                 transfer.block_nbytes,
+                key,
+                0 if dst_layers is None else TENSORS_PER_LAYER * dst_layers[nth],
             )
         except LLMException as error:
             _log.warning("transfer of layer %d to cluster %d ends: %s", layer, cluster_id, error)
@@ -210,9 +236,16 @@ class TransferJob:
 
 
 class TransferJobs:
-    """The running transfers of an engine; each has a thread that ends with it."""
+    """The running transfers of an engine; each has a thread that ends with it.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    timeout_code : LLMStatusCode
+        As for `TransferJob`.
+    """
+
+    def __init__(self, timeout_code: LLMStatusCode = KV_MODE.timeout) -> None:
+        self._timeout_code = timeout_code
         self._lock = threading.RLock()  # can be taken twice, as the lock of a job
         self._running: dict[TransferJob, threading.Thread] = {}
 
@@ -235,7 +268,7 @@ class TransferJobs:
         LLMException
             LLM_FAILED: no thread could be started.
         """
-        job = TransferJob(transfer)
+        job = TransferJob(transfer, self._timeout_code)
         if not transfer.destinations:
             job.run(synchronize_layer, push_layer)
             return job

@@ -58,15 +58,19 @@ class End(Protocol):
     def pull_blocks(
         self,
         target: LocalCache,
+        kind: int,
+        key_id: int,
         model_id: int,
+        remote_slot: int,
         pairs: BlockPairs,
         source_first: int,
         source_count: int,
         target_first: int,
         target_count: int,
+        token: bytes | None,
         deadline_ns: int,
     ) -> None:
-        """Copy blocks of the remote blocks cache of a model into local blocks."""
+        """Copy remote blocks into local blocks; of a remote slot, parts of the size of a local block."""
 
     def push(
         self,
@@ -75,9 +79,27 @@ class End(Protocol):
         addresses: list[int],
         source_slot: int,
         pairs: BlockPairs | None,
+        block_nbytes: int,
         deadline_ns: int,
     ) -> None:
         """Copy a slot, or blocks, of local tensors to addresses in the peer's process."""
+
+    def push_to_key(
+        self,
+        source: LocalCache,
+        source_first: int,
+        tensors: int,
+        source_slot: int,
+        kind: int,
+        key_id: int,
+        model_id: int,
+        remote_slot: int,
+        target_first: int,
+        pairs: BlockPairs | None,
+        block_nbytes: int,
+        deadline_ns: int,
+    ) -> None:
+        """Copy a slot, or blocks, of local tensors into the remote cache that a key names."""
 
 
 class Grant(Protocol):

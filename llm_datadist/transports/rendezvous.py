@@ -73,10 +73,31 @@ def connect(name: str, timeout_s: float) -> socket.socket:
 
 def require_same_user(connection: socket.socket) -> None:
     """Check with the kernel who is at the other end; raises `ForeignProcess` unless it is our own user."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    pid, uid = _credentials(connection)
     if uid != os.geteuid():
         raise ForeignProcess(f"process {pid} runs as user {uid}, memory is shared with user {os.geteuid()} only")
+
+
+def open_process(connection: socket.socket) -> tuple[int, int]:
+    """Give the number of the process at the other end, and a descriptor that tells when it has ended.
+
+    0 and -1 where the kernel does not tell: the process is in a name space that this one does not see, or the kernel is
+    older than Linux 5.3.
+    """
+    pid, _ = _credentials(connection)
+    if pid <= 0:
+        return 0, -1
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        return pid, -1
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end when the connection was made."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    return pid, uid
 
 
 def send_descriptors(connection: socket.socket, step: bytes, descriptors: list[int]) -> None:

@@ -19,15 +19,20 @@ from llm_datadist.transports import rendezvous
 NAME = "shared_memory"
 NUM_DESCRIPTORS = 4
 
+PROCESS_VM = "process_vm"  # process_vm_readv(2) and process_vm_writev(2)
+
 
 class SharedMemoryEnd(PeerTarget):
     """One end of a link: pulls out of the peer's pool, and pushes into it if it is mapped writable."""
 
     name = NAME
+    private_memory: str | None = None  # how registered memory of the peer is reached
 
 
-def attach(descriptors: list[int], *, pool_writable: bool) -> SharedMemoryEnd:
+def attach(descriptors: list[int], *, pool_writable: bool, connection: socket.socket | None = None) -> SharedMemoryEnd:
     """Map what a peer granted; takes over the descriptors, also when it fails.
+
+    With the connection to the peer, its private memory is reached through the kernel where that may be done.
 
     Raises
     ------
@@ -41,13 +46,18 @@ def attach(descriptors: list[int], *, pool_writable: bool) -> SharedMemoryEnd:
     try:
         for writable in (pool_writable, False, True, True):
             segments.append(Segment.attach(left.pop(0), writable=writable))
-        return SharedMemoryEnd(*segments)
+        pool, directory, ledger, claims = segments
+        end = SharedMemoryEnd(pool, directory, ledger, claims, threads=len(os.sched_getaffinity(0)))
     except BaseException:
         for segment in segments:
             segment.close()
         for descriptor in left:
             os.close(descriptor)
         raise
+    if connection is not None:
+        pid, pidfd = rendezvous.open_process(connection)
+        end.private_memory = PROCESS_VM if pid and end.reach_process(pid, pidfd) else None
+    return end
 
 
 class SharedMemoryGrant:
@@ -79,6 +89,8 @@ class SharedMemoryGrant:
 
     def send(self, connection: socket.socket, step: bytes) -> None:
         """Send the byte of a handshake step, and descriptors of everything that the peer maps."""
+        if self._peer_writes:
+            self._claims.watch(rendezvous.open_process(connection)[1])
         shared = (self._directory.segment, self._directory.ledger, self._claims.segment)
         pool = os.dup(self._pool.fileno()) if self._peer_writes else _reopen_for_reading(self._pool.fileno())
         try:
@@ -95,8 +107,7 @@ class SharedMemoryGrant:
             if self._revoked:
                 return
             self._revoked = True
-            self._directory.drop_claims(self._claims)
-        self._claims.close()
+            self._directory.drop_claims(self._claims)  # and closes them, once the peer touches nothing any more
 
 
 def _reopen_for_reading(descriptor: int) -> int:

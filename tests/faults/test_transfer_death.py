@@ -78,6 +78,7 @@ def test_decoder_killed_while_the_model_computes(pair: Pair) -> None:
     pair.prompt.call(transfer, cache, [(DECODER, addrs, None, 0), (99, addrs[2:], range(1, 2), 0)], hold=[1])
     pair.prompt.call(wait_until_asked, 1)
     pair.decoder.kill()
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])
     started = time.monotonic()
     pair.prompt.call(go)
     assert pair.prompt.call(results) == [TIMEOUT, None]

@@ -20,6 +20,7 @@ from llm_datadist._local import LocalCache
 from llm_datadist._segment import Segment
 from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.devices.host import HostPool
+from llm_datadist.engine.cache_pool import CachePool
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.transports import rendezvous
@@ -124,7 +125,7 @@ def fill_and_bind(caches: CacheTable, lines: Words, base: int, number: int, seri
 
 def test_no_torn_read_in_a_million_pulls() -> None:
     pool = HostPool(POOL_BYTES)
-    caches = CacheTable(pool)
+    caches = CacheTable(pool, CachePool(pool.capacity))
     listener, address = rendezvous.listen()
     listener.settimeout(20)
     grants, meetings = [], []

@@ -10,7 +10,7 @@ import pytest
 
 from llm_datadist._directory import Claims
 from llm_datadist.devices.host import HostPool
-from llm_datadist.engine.cache_pool import ALIGNMENT
+from llm_datadist.engine.cache_pool import ALIGNMENT, CachePool
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.status import LLMException, LLMStatusCode
@@ -20,7 +20,7 @@ POOL = 1 << 20
 
 @pytest.fixture
 def caches() -> Iterator[CacheTable]:
-    table = CacheTable(HostPool(POOL))
+    table = CacheTable(HostPool(POOL), CachePool(POOL))
     yield table
     table.close()
 

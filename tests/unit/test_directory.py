@@ -221,7 +221,7 @@ def test_a_new_key_in_an_old_entry_starts_unpulled(sides: Sides) -> None:
 def test_blocks_go_where_the_block_tables_say(sides: Sides) -> None:
     sides.directory.publish_key(sides.publish(1), BLOCKS, 0, 5, 0)
     deadline = time.monotonic_ns() + 10**9
-    sides.peer.pull_blocks(sides.local, 5, block_pairs([3, 0, 1], [0, 2, 3]), 0, -1, 0, 2, deadline)
+    sides.peer.pull_blocks(sides.local, BLOCKS, 0, 5, 0, block_pairs([3, 0, 1], [0, 2, 3]), 0, -1, 0, 2, None, deadline)
     view = memoryview(sides.local_memory)
     assert [view[tensor * 4096 + slot * SLOT + 2] for tensor in (0, 1) for slot in (0, 2, 3)] == [3, 0, 1, 3, 0, 1]
     assert bytes(view[SLOT : 2 * SLOT]) == bytes(SLOT)
@@ -235,7 +235,9 @@ def test_blocks_that_do_not_fit(sides: Sides, blocks: list[int], stride: int, ou
     sides.directory.publish_key(sides.publish(1), BLOCKS, 0, 0, 0)
     local = LocalCache(1, sides.local_memory.address, 4096, 4 * stride, stride, 2, 4)
     with pytest.raises(TransferFault) as caught:
-        sides.peer.pull_blocks(local, 0, block_pairs(blocks, [0]), 0, -1, 0, 2, time.monotonic_ns() + 10**9)
+        sides.peer.pull_blocks(
+            local, BLOCKS, 0, 0, 0, block_pairs(blocks, [0]), 0, -1, 0, 2, None, time.monotonic_ns() + 10**9
+        )
     assert caught.value.outcome is outcome
     assert caught.value.remote_slots == 4
 

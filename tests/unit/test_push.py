@@ -49,7 +49,7 @@ class Sides:
     def push(self, offsets: list[int], slot: int = 0, table: dict[int, int] | None = None, first: int = 0) -> None:
         pairs = None if table is None else block_pairs(list(table), list(table.values()))
         addresses = [self.pool.address + offset for offset in offsets]
-        self.peer.push(self.source, first, addresses, slot, pairs, time.monotonic_ns() + 10**9)
+        self.peer.push(self.source, first, addresses, slot, pairs, 0, time.monotonic_ns() + 10**9)
 
     def fails(self, offsets: list[int], slot: int = 0, table: dict[int, int] | None = None, first: int = 0) -> Outcome:
         before = bytes(memoryview(self.pool))

@@ -88,14 +88,14 @@ def test_layers_go_out_in_order_each_after_the_model_has_computed_it(model: Mode
 def test_what_is_pushed_of_a_slot(model: Model) -> None:
     model.run(plan(range(1, 3)))
     assert model.pushes == [
-        (100, 7, (2, 2), [100_002, 100_003], 0, None, None, 0),
-        (100, 7, (4, 2), [100_004, 100_005], 0, None, None, 0),
+        (100, 7, (2, 2), [100_002, 100_003], 0, None, None, 0, None, 0),
+        (100, 7, (4, 2), [100_004, 100_005], 0, None, None, 0, None, 0),
     ]
 
 
 def test_what_is_pushed_of_blocks(model: Model) -> None:
     model.run(plan(range(1), blocks=([0, 1], [5, 6], 64)))
-    assert model.pushes == [(100, 7, (0, 2), [100_000, 100_001], None, [0, 1], [5, 6], 64)]
+    assert model.pushes == [(100, 7, (0, 2), [100_000, 100_001], None, [0, 1], [5, 6], 64, None, 0)]
 
 
 def test_a_layer_is_waited_for_once_and_goes_to_each_config_in_order(model: Model) -> None:
