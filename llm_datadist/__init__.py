@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from llm_datadist.cache import Cache
 from llm_datadist.cache_desc import CacheDesc, Placement
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.cache_task import CacheTask
@@ -40,6 +41,7 @@ __all__ = [
     "CacheKey",
     "CacheKeyByIdAndIndex",
     "KvCache",
+    "Cache",
     "BlocksCacheKey",
     "LLMDataDist",
     "Placement",

@@ -15,6 +15,7 @@ INVALID_ID = UINT64_MAX
 
 _ORDINARY = int(KeyKind.ORDINARY)
 _PREFIX = int(KeyKind.PREFIX)
+_BLOCKS = int(KeyKind.BLOCKS)
 _CACHE = int(KeyKind.CACHE)
 
 
@@ -200,7 +201,7 @@ class BlocksCacheKey:
     5
     """
 
-    __slots__ = ("_cluster_id", "_label", "_model_id", "_usable")
+    __slots__ = ("_cluster_id", "_label", "_model_id", "_name", "_usable")
 
     def __init__(self, *args: int, **kwargs: int) -> None:
         given = _collect("BlocksCacheKey", ("cluster_id", "model_id"), args, kwargs)
@@ -211,6 +212,7 @@ class BlocksCacheKey:
         self._cluster_id = cluster_id
         self._model_id = model_id
         self._label = "cluster_id" if args or "cluster_id" in kwargs else "prompt_cluster_id"
+        self._name: KeyName = (_BLOCKS, 0, model_id)
         self._usable = 0 <= cluster_id <= UINT64_MAX and 0 <= model_id <= UINT64_MAX
 
     @property

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_datadist.arguments import check_int64, check_isinstance
+from llm_datadist.arguments import check_isinstance
 from llm_datadist.cache_desc import CacheDesc, Placement
+from llm_datadist.cache_handle import CPU_CACHE_ID, CacheHandle
 from llm_datadist.status import InvalidArgument
 
 if TYPE_CHECKING:
     from llm_datadist.kv_cache_manager import KvCacheManager
 
-CPU_CACHE_ID = -1  # of every cache of create_cpu_cache; no cache of an engine has it
 
-
-class KvCache:
+class KvCache(CacheHandle):
     """Handle of a cache; made by `KvCacheManager` or by `create_cpu_cache`.
 
     An allocated cache is deallocated when its handle dies, so keep the handle as long as the memory is in use.
@@ -31,7 +30,7 @@ class KvCache:
         Manager that allocated the cache; None for memory of the caller.
     """
 
-    _manager: KvCacheManager | None = None  # what the destructor of a half-made object finds
+    _manager: KvCacheManager | None
 
     def __init__(
         self,
@@ -40,21 +39,8 @@ class KvCache:
         per_device_tensor_addrs: list[list[int]],
         kv_cache_manager: KvCacheManager | None,
     ) -> None:
-        self._cache_id = check_int64("cache_id", cache_id)
-        self._cache_desc = cache_desc
         self._per_device_tensor_addrs = per_device_tensor_addrs
-        self._held = True
-        self._manager = kv_cache_manager
-
-    @property
-    def cache_id(self) -> int:
-        """Id: 1, 2, 3, ... in each initialised instance; -1 for memory of the caller."""
-        return self._cache_id
-
-    @property
-    def cache_desc(self) -> CacheDesc:
-        """The description that the cache was made with."""
-        return self._cache_desc
+        super().__init__(cache_id, cache_desc, kv_cache_manager)
 
     @property
     def per_device_tensor_addrs(self) -> list[list[int]]:
@@ -107,6 +93,9 @@ class KvCache:
         if not nested:
             _check_count("addrs", len(addrs), cache_desc.num_tensors)
         return cls(CPU_CACHE_ID, cache_desc, addrs if nested else [addrs], None)  # type: ignore[arg-type, list-item]
+
+    def _addresses(self) -> list[list[int]]:
+        return self._per_device_tensor_addrs
 
     def _mark_deallocated(self) -> None:
         self._held = False

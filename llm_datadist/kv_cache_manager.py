@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from llm_datadist.allocation_arguments import blocks_model, check_num_tensors, check_tensor_nbytes, key_names
 from llm_datadist.arguments import INT64_MAX, UINT32_MAX, check_int32, check_isinstance
-from llm_datadist.cache_desc import CacheDesc, Placement, tensor_nbytes
-from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, check_blocks_cache_key
-from llm_datadist.kv_cache import CPU_CACHE_ID, KvCache
+from llm_datadist.cache_desc import CacheDesc, Placement
+from llm_datadist.cache_handle import CPU_CACHE_ID
+from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.cache_kinds import check_device_cache
+from llm_datadist.kv_cache import KvCache
 from llm_datadist.layer_range import TensorRanges
 from llm_datadist.local_copy_calls import LocalCopyCalls
 from llm_datadist.pull_arguments import (
     PullCacheArguments,
-    check_device_cache,
     check_pull_blocks,
     check_pull_cache,
     check_pull_cache_keywords,
     check_tensor_ranges,
 )
 from llm_datadist.roles import LLMRole
+from llm_datadist.sealed_blocks import BlocksToken, SealedBlocks
 from llm_datadist.status import InvalidArgument
 from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.transfer_call import TransferCall
@@ -28,18 +31,14 @@ if TYPE_CHECKING:
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.several_devices import SeveralDevices
 
-MAX_DIMENSIONS = 31
-_ALIGNMENT = 512  # bytes; what a tensor occupies is a multiple of it
-
 # Names of the hot calls.
 _DECODER = LLMRole.DECODER
-_BLOCKS = 3  # KeyKind.BLOCKS
 _DEVICE = Placement.DEVICE
 _WHOLE_SLOT = PullCacheArguments(None, None, 0, 0, True)
 _ALL_TENSORS = TensorRanges(None, None)
 
 
-class KvCacheManager(LocalCopyCalls, TransferCall):
+class KvCacheManager(LocalCopyCalls, TransferCall, SealedBlocks):
     """The caches of an initialised instance; given by `LLMDataDist.kv_cache_manager`.
 
     Parameters
@@ -103,16 +102,13 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
         check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey, allow_none=False)
-        _check_allocatable(cache_desc)
+        check_num_tensors(cache_desc)
+        self._check_pool(cache_desc.placement)
         if cache_keys and self._role is not LLMRole.PROMPT:
             raise InvalidArgument(f"cache_keys is not supported by {self._role.name}, only by PROMPT")
-        nbytes = _tensor_nbytes(cache_desc)
+        nbytes = check_tensor_nbytes(cache_desc)
         slots = cache_desc.shape[0]
-        if len(cache_keys) > slots:
-            raise InvalidArgument(
-                f"{len(cache_keys)} cache_keys for {slots} slots, should be at most one for each slot"
-            )
-        names = [None if key._is_placeholder else key._name for key in cache_keys]
+        names = key_names(cache_keys, slots)
         cache_id, addresses = self._engine.allocate(cache_desc.num_tensors, nbytes, slots, keys=names)
         return KvCache(cache_id, cache_desc, addresses, self)
 
@@ -143,14 +139,12 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
         check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
-        _check_allocatable(cache_desc)
-        model_id = None
-        if blocks_cache_key is not None:
-            if self._role is _DECODER:
-                raise InvalidArgument("blocks_cache_key is not supported by DECODER, only by PROMPT and MIX")
-            check_blocks_cache_key(blocks_cache_key)
-            model_id = blocks_cache_key.model_id
-        nbytes = _tensor_nbytes(cache_desc)
+        check_num_tensors(cache_desc)
+        self._check_pool(cache_desc.placement)
+        if blocks_cache_key is not None and self._role is _DECODER:
+            raise InvalidArgument("blocks_cache_key is not supported by DECODER, only by PROMPT and MIX")
+        model_id = blocks_model(blocks_cache_key)
+        nbytes = check_tensor_nbytes(cache_desc)
         cache_id, addresses = self._engine.allocate(
             cache_desc.num_tensors, nbytes, cache_desc.shape[0], blocks_model=model_id
         )
@@ -273,6 +267,8 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
         decoder_kv_cache: KvCache,
         prompt_blocks: list[int],
         decoder_blocks: list[int],
+        *,
+        token: BlocksToken | None = None,
         **kwargs: Any,
     ) -> None:
         """Copy block ``prompt_blocks[i]`` of a remote blocks cache into block ``decoder_blocks[i]``. Role DECODER.
@@ -287,6 +283,9 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
             Local cache; one of `allocate_cache` works too, its slots are the blocks.
         prompt_blocks, decoder_blocks : list of int
             Block table of the transfer: equally many, at least one.
+        token : bytes, optional
+            What `publish_blocks` gave there for these blocks: the pull fails if they are no longer the ones that were
+            meant. An addition to the documented interface.
         **kwargs
             Others than these are ignored:
 
@@ -303,9 +302,9 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
             A block number or a number of the key is no uint64.
         LLMException
             LLM_PARAM_INVALID: wrong role, HOST cache, empty or unequal lists, or blocks or tensors that do not exist or
-            do not fit. LLM_KV_CACHE_NOT_EXIST: the model has no blocks cache there, or the local cache is deallocated.
-            LLM_NOT_YET_LINK: no link. LLM_LINK_BUSY: the link is in use. LLM_WAIT_PROCESS_TIMEOUT: not finished within
-            sync_kv_timeout, or the peer is gone.
+            do not fit. LLM_KV_CACHE_NOT_EXIST: the model has no blocks cache there, a block of the token was retired or
+            published anew, or the local cache is deallocated. LLM_NOT_YET_LINK: no link. LLM_LINK_BUSY: the link is in
+            use. LLM_WAIT_PROCESS_TIMEOUT: not finished within sync_kv_timeout, or the peer is gone.
         """
         if self._role is not _DECODER:
             raise self._wrong_role("pull_blocks", "DECODER")
@@ -320,18 +319,22 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
             and type(decoder_blocks) is list
             and prompt_blocks
             and len(prompt_blocks) == len(decoder_blocks)
+            and (token is None or type(token) is bytes)
         ):
-            tensors = check_pull_blocks(prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, kwargs)
+            tensors = check_pull_blocks(
+                prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, token, kwargs
+            )
         cache_id = decoder_kv_cache._cache_id if decoder_kv_cache._manager is self else CPU_CACHE_ID
         try:
             if kwargs:
                 tensors = check_tensor_ranges(kwargs, decoder_kv_cache)
             key = prompt_cache_key
-            name = (_BLOCKS, 0, key._model_id)
-            self._engine.pull_blocks(key._cluster_id, name, cache_id, prompt_blocks, decoder_blocks, *tensors)
+            self._engine.pull_blocks(
+                key._cluster_id, key._name, cache_id, prompt_blocks, decoder_blocks, *tensors, token
+            )
         except (TypeError, ValueError):
             # Of several wrong arguments the first in the documented order counts.
-            check_pull_blocks(prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, kwargs)
+            check_pull_blocks(prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, token, kwargs)
             raise
 
     # ---- reading
@@ -388,9 +391,10 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
         """Take note that the instance is finalised."""
         self._initialized = False
 
-    def _tensor_memory(self, cache: KvCache, tensor_index: int) -> list[memoryview]:
-        """Give the bytes of a tensor that exists, writable, one view a device."""
-        return self._engine.tensor_memory(self._engine_id(cache), tensor_index)
+    def _check_pool(self, placement: Placement) -> None:
+        """Check that there is memory of a placement."""
+        if placement is not _DEVICE:
+            raise InvalidArgument(f"Only support allocate device cache, but placement is {placement}")
 
     def _drop(self, cache_id: int) -> None:
         """Give up the id of a cache whose handle has died; never blocks. A forked child owns no caches."""
@@ -399,22 +403,3 @@ class KvCacheManager(LocalCopyCalls, TransferCall):
 
     def _wrong_role(self, function: str, right: str) -> InvalidArgument:
         return InvalidArgument(f"[{function}] is not supported by {self._role.name}, only by {right}")
-
-
-def _check_allocatable(cache_desc: CacheDesc) -> None:
-    if cache_desc.num_tensors == 0:
-        raise InvalidArgument("num_tensors should be bigger than zero, but is 0")
-    if cache_desc.placement is not Placement.DEVICE:
-        raise InvalidArgument(f"Only support allocate device cache, but placement is {cache_desc.placement}")
-
-
-def _tensor_nbytes(cache_desc: CacheDesc) -> int:
-    """Give the bytes of one tensor of a cache whose shape can be allocated."""
-    dimensions = len(cache_desc.shape)
-    if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise InvalidArgument(f"shape has {dimensions} dimensions, should have 1 to {MAX_DIMENSIONS}")
-    nbytes = tensor_nbytes(cache_desc.shape, cache_desc.data_type)
-    aligned = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    if cache_desc.num_tensors * aligned > INT64_MAX:
-        raise InvalidArgument(f"{cache_desc.num_tensors} tensors of {nbytes} bytes do not fit into int64")
-    return nbytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from llm_datadist.arguments import (
     check_dict,
@@ -11,9 +11,11 @@ from llm_datadist.arguments import (
     check_uint32,
     check_uint64,
 )
+from llm_datadist.cache import Cache
 from llm_datadist.cache_desc import CacheDesc, Placement
+from llm_datadist.cache_handle import CacheHandle
+from llm_datadist.cache_kinds import check_blocks_cache, check_device_cache
 from llm_datadist.kv_cache import KvCache
-from llm_datadist.pull_arguments import check_device_cache
 from llm_datadist.status import InvalidArgument
 
 
@@ -35,7 +37,7 @@ class SwapArguments(NamedTuple):
 
     Attributes
     ----------
-    device, host : KvCache
+    device, host : CacheHandle
         The two caches.
     block_nbytes : int
         Bytes of a block in one tensor.
@@ -45,25 +47,29 @@ class SwapArguments(NamedTuple):
         Whether the host is the source.
     """
 
-    device: KvCache
-    host: KvCache
+    device: CacheHandle
+    host: CacheHandle
     block_nbytes: int
     blocks: BlockTable
     swap_in: bool
 
 
 def check_copy_cache(
-    dst: KvCache,
-    src: KvCache,
+    dst: CacheHandle,
+    src: CacheHandle,
     dst_batch_index: int,
     src_batch_index: int,
     offset: int,
     size: int,
     req_id: int | None,
+    check_cache: Callable[[str, object], None] = check_device_cache,
 ) -> None:
-    """Check the arguments of `KvCacheManager.copy_cache`, which documents what is raised."""
-    check_device_cache("dst", dst)
-    check_device_cache("src", src)
+    """Check the arguments of `KvCacheManager.copy_cache`, which documents what is raised.
+
+    `check_cache` is the check of a handle and its kind.
+    """
+    check_cache("dst", dst)
+    check_cache("src", src)
     check_uint32("dst_batch_index", dst_batch_index)
     check_uint32("src_batch_index", src_batch_index)
     check_uint64("offset", offset)
@@ -73,11 +79,19 @@ def check_copy_cache(
     check_isinstance("req_id", req_id, int)
 
 
-def check_copy_blocks(cache: KvCache, copy_block_info: dict[int, list[int]]) -> BlockTable:
-    """Check the arguments of `KvCacheManager.copy_blocks`, and give the pairs in the order of the dict."""
-    check_isinstance("cache", cache, KvCache, allow_none=False)
+def check_copy_blocks(
+    cache: CacheHandle,
+    copy_block_info: dict[int, list[int]],
+    handle: type[CacheHandle] = KvCache,
+    check_cache: Callable[[str, object], None] = check_device_cache,
+) -> BlockTable:
+    """Check the arguments of `KvCacheManager.copy_blocks`, and give the pairs in the order of the dict.
+
+    `handle` is the class of handles, `check_cache` the check of a handle and its kind.
+    """
+    check_isinstance("cache", cache, handle, allow_none=False)
     check_dict("copy_block_info", copy_block_info, int, list, int)
-    check_device_cache("cache", cache)
+    check_cache("cache", cache)
     blocks = BlockTable([], [])
     for source, targets in copy_block_info.items():
         check_uint64("source block", source)
@@ -93,6 +107,21 @@ def check_swap_blocks(src: KvCache, dst: KvCache, src_to_dst: dict[int, int]) ->
     check_isinstance("src", src, KvCache, allow_none=False)
     check_isinstance("dst", dst, KvCache, allow_none=False)
     check_isinstance("src_to_dst", src_to_dst, dict, int, allow_none=False)
+    return _swap_arguments(src, dst, src_to_dst)
+
+
+def check_swap_of_blocks_caches(src_cache: Cache, dst_cache: Cache, src_to_dst: dict[int, int]) -> SwapArguments:
+    """Check the arguments of `CacheManager.swap_blocks`, which documents what is raised."""
+    check_isinstance("src_cache", src_cache, Cache, allow_none=False)
+    check_isinstance("dst_cache", dst_cache, Cache, allow_none=False)
+    check_isinstance("src_to_dst", src_to_dst, dict, int, allow_none=False)
+    check_blocks_cache("src_cache", src_cache)
+    check_blocks_cache("dst_cache", dst_cache)
+    return _swap_arguments(src_cache, dst_cache, src_to_dst)
+
+
+def _swap_arguments(src: CacheHandle, dst: CacheHandle, src_to_dst: dict[int, int]) -> SwapArguments:
+    """Check two handles and a table of the right types against each other."""
     block_nbytes = _block_nbytes("src", src.cache_desc)
     other_nbytes = _block_nbytes("dst", dst.cache_desc)
     if block_nbytes != other_nbytes:
@@ -131,7 +160,7 @@ def _check_block(side: str, block: int, batch_size: int) -> None:
         raise InvalidArgument(f"{side} block {block} must be in [0, {batch_size})")
 
 
-def _is_swap_in(src: KvCache, dst: KvCache) -> bool:
+def _is_swap_in(src: CacheHandle, dst: CacheHandle) -> bool:
     placements = (src.cache_desc.placement, dst.cache_desc.placement)
     if placements == (Placement.HOST, Placement.DEVICE):
         return True
@@ -142,10 +171,10 @@ def _is_swap_in(src: KvCache, dst: KvCache) -> bool:
     )
 
 
-def _check_same_devices(device: KvCache, host: KvCache) -> None:
+def _check_same_devices(device: CacheHandle, host: CacheHandle) -> None:
     """Check that there is one host address for each address of the device cache."""
-    wanted = [len(addresses) for addresses in device.per_device_tensor_addrs]
-    given = [len(addresses) for addresses in host.per_device_tensor_addrs]
+    wanted = [len(addresses) for addresses in device._addresses()]
+    given = [len(addresses) for addresses in host._addresses()]
     if not wanted:
         raise InvalidArgument(f"device cache {device.cache_id} has no addresses, it was deallocated")
     if wanted != given:

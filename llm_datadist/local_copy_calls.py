@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from llm_datadist.kv_cache import CPU_CACHE_ID, KvCache
+from llm_datadist.engine_access import EngineAccess
+from llm_datadist.kv_cache import KvCache
 from llm_datadist.local_copy_arguments import check_copy_blocks, check_copy_cache, check_swap_blocks
 from llm_datadist.log import logger
 
-if TYPE_CHECKING:
-    from llm_datadist.engine.engine import Engine
-    from llm_datadist.engine.several_devices import SeveralDevices
 
-
-class LocalCopyCalls:
-    """Base of `KvCacheManager`; every role has these calls. They touch no keys.
-
-    Parameters
-    ----------
-    llm_engine : Engine
-        Engine of the instance.
-    """
-
-    def __init__(self, llm_engine: Engine | SeveralDevices) -> None:
-        self._engine = llm_engine
+class LocalCopyCalls(EngineAccess):
+    """Base of `KvCacheManager`; every role has these calls. They touch no keys."""
 
     def copy_cache(
         self,
@@ -145,13 +131,9 @@ class LocalCopyCalls:
         device, host, block_nbytes, blocks, swap_in = check_swap_blocks(src, dst, src_to_dst)
         self._engine.swap_blocks(
             self._engine_id(device),
-            host.per_device_tensor_addrs,
+            host._addresses(),
             block_nbytes,
             blocks.sources,
             blocks.targets,
             swap_in,
         )
-
-    def _engine_id(self, cache: KvCache) -> int:
-        """Give the id that the engine knows a cache by; caches of another instance get one that it does not know."""
-        return cache._cache_id if cache._manager is self else CPU_CACHE_ID

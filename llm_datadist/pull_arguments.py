@@ -11,13 +11,15 @@ from llm_datadist.arguments import (
     check_positive_or_set_default,
     check_uint32,
 )
-from llm_datadist.cache_desc import Placement
+from llm_datadist.cache_handle import CacheHandle
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, check_blocks_cache_key
+from llm_datadist.cache_kinds import check_device_cache
 from llm_datadist.kv_cache import KvCache
 from llm_datadist.layer_range import TensorRange, TensorRanges, tensor_ranges
+from llm_datadist.sealed_blocks import check_token
 from llm_datadist.status import InvalidArgument
 
-_DEFAULT_TENSORS_PER_LAYER = 2  # K and V
+DEFAULT_TENSORS_PER_LAYER = 2  # K and V
 
 
 class PullCacheArguments(NamedTuple):
@@ -40,14 +42,6 @@ class PullCacheArguments(NamedTuple):
     consume: bool
 
 
-def check_device_cache(name: str, cache: object) -> None:
-    """Check for a `KvCache` in device memory."""
-    check_isinstance(name, cache, KvCache, allow_none=False)
-    assert isinstance(cache, KvCache)
-    if cache.cache_desc.placement is not Placement.DEVICE:
-        raise InvalidArgument(f"Only support device cache, but placement of {name} is {cache.cache_desc.placement}")
-
-
 def check_pull_cache(
     cache_key: CacheKey | CacheKeyByIdAndIndex,
     kv_cache: KvCache,
@@ -60,12 +54,22 @@ def check_pull_cache(
     check_device_cache("kv_cache", kv_cache)
     check_int64("size", size)
     check_uint32("batch_index", batch_index)
+    check_pulled_size(size)
+    _check_offsets(keywords)
+    check_pullable(cache_key)
+    return check_pull_cache_keywords(keywords, kv_cache)
+
+
+def check_pulled_size(size: int) -> None:
+    """Check the size of a pull, which is an int64."""
     if size != -1 and size <= 0:
         raise InvalidArgument(f"size {size} is invalid, should be greater than 0, or -1 for the rest of the slot")
-    _check_offsets(keywords)
+
+
+def check_pullable(cache_key: CacheKey | CacheKeyByIdAndIndex) -> None:
+    """Check that a key names one slot."""
     if not cache_key._pullable:
         raise InvalidArgument(f"one of req id and prefix id should be valid, and not both, but the key is {cache_key}")
-    return check_pull_cache_keywords(keywords, kv_cache)
 
 
 def check_pull_cache_keywords(keywords: Mapping[str, Any], kv_cache: KvCache) -> PullCacheArguments:
@@ -80,6 +84,7 @@ def check_pull_blocks(
     decoder_kv_cache: KvCache,
     prompt_blocks: list[int],
     decoder_blocks: list[int],
+    token: bytes | None,
     keywords: Mapping[str, Any],
 ) -> TensorRanges:
     """Check the arguments of `KvCacheManager.pull_blocks`, which documents what is raised."""
@@ -87,6 +92,7 @@ def check_pull_blocks(
     check_isinstance("decoder_kv_cache", decoder_kv_cache, KvCache, allow_none=False)
     check_isinstance("prompt_blocks", prompt_blocks, list, int, allow_none=False)
     check_isinstance("decoder_blocks", decoder_blocks, list, int, allow_none=False)
+    check_token(token)
     check_device_cache("decoder_kv_cache", decoder_kv_cache)
     for name, blocks in (("prompt_blocks", prompt_blocks), ("decoder_blocks", decoder_blocks)):
         if not blocks:
@@ -111,12 +117,22 @@ def _check_offsets(keywords: Mapping[str, Any]) -> tuple[int, int, bool]:
     )
 
 
-def check_tensor_ranges(keywords: Mapping[str, Any], cache: KvCache) -> TensorRanges:
+def check_tensor_ranges(keywords: Mapping[str, Any], cache: CacheHandle) -> TensorRanges:
     """Check the layer ranges of a pull, and say which tensors they choose."""
-    num_tensors = cache.cache_desc.num_tensors
-    per_layer = check_uint32("tensor_num_per_layer", keywords.get("tensor_num_per_layer", _DEFAULT_TENSORS_PER_LAYER))
+    return check_layer_ranges(keywords, check_tensors_per_layer(keywords, cache), cache)
+
+
+def check_tensors_per_layer(keywords: Mapping[str, Any], cache: CacheHandle) -> int:
+    """Check the number of tensors that make one layer, and give it."""
+    per_layer = check_uint32("tensor_num_per_layer", keywords.get("tensor_num_per_layer", DEFAULT_TENSORS_PER_LAYER))
     if per_layer == 0:
-        raise InvalidArgument(f"tensor_num_per_layer 0 is invalid, should [1, {num_tensors}]")
+        raise InvalidArgument(f"tensor_num_per_layer 0 is invalid, should [1, {cache.cache_desc.num_tensors}]")
+    return per_layer
+
+
+def check_layer_ranges(keywords: Mapping[str, Any], per_layer: int, cache: CacheHandle) -> TensorRanges:
+    """Check the layer ranges of a pull, given the tensors that make one layer, and say which tensors they choose."""
+    num_tensors = cache.cache_desc.num_tensors
     ranges = tensor_ranges(keywords.get("src_layer_range"), keywords.get("dst_layer_range"), per_layer)
     if ranges != (None, None) and num_tensors % per_layer != 0:
         raise InvalidArgument(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from llm_datadist.cache_task import CacheTask
 from llm_datadist.engine.transfer_job import LayerTransfer
-from llm_datadist.kv_cache import CPU_CACHE_ID, KvCache
+from llm_datadist.engine_access import EngineAccess
+from llm_datadist.kv_cache import KvCache
 from llm_datadist.layer_synchronizer import LayerSynchronizer
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument
 from llm_datadist.transfer_arguments import check_transfer
 from llm_datadist.transfer_config import TransferConfig
 
-if TYPE_CHECKING:
-    from llm_datadist.engine.engine import Engine
-    from llm_datadist.engine.several_devices import SeveralDevices
 
+class TransferCall(EngineAccess):
+    """Base of `KvCacheManager`, which sets the role."""
 
-class TransferCall:
-    """Base of `KvCacheManager`, which sets the attributes."""
-
-    _engine: Engine | SeveralDevices
     _role: LLMRole
 
     def transfer_cache_async(
@@ -82,7 +76,7 @@ class TransferCall:
             src_cache, layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size
         )
         transfer = LayerTransfer(
-            src_cache._cache_id if src_cache._manager is self else CPU_CACHE_ID,  # of others the engine knows no cache
+            self._engine_id(src_cache),
             destinations,
             list(src_block_indices) if src_block_indices else None,
             list(dst_block_indices) if dst_block_indices else None,

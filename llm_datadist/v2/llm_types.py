@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llm_datadist.cache import Cache
 from llm_datadist.cache_desc import CacheDesc, Placement
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.cache_task import CacheTask
@@ -12,6 +13,7 @@ from llm_datadist.transfer_config import TransferConfig, TransferWithCacheKeyCon
 
 __all__ = [
     "BlocksCacheKey",
+    "Cache",
     "CacheDesc",
     "CacheKey",
     "CacheKeyByIdAndIndex",

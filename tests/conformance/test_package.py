@@ -18,14 +18,12 @@ NAMES = set(
     "KvCacheManager CacheDesc CacheKey CacheKeyByIdAndIndex KvCache Cache BlocksCacheKey LLMDataDist Placement "
     "RegisterMemStatus LayerSynchronizer TransferConfig CacheTask TransferWithCacheKeyConfig Memtype MemInfo".split()
 )
-EXTENDED_NAMES = {"Cache"}  # of the cache-manager mode
-
 MODULES = {
     "status": "LLMStatusCode LLMException Status",
     "configs": "LLMRole LLMClusterInfo LlmConfig",
     "data_type": "DataType",
     "tensor": "Tensor TensorDesc",
-    "v2.llm_types": """CacheDesc CacheKey CacheKeyByIdAndIndex BlocksCacheKey KvCache Placement LayerSynchronizer
+    "v2.llm_types": """CacheDesc CacheKey CacheKeyByIdAndIndex BlocksCacheKey KvCache Cache Placement LayerSynchronizer
     TransferConfig TransferWithCacheKeyConfig CacheTask RegisterMemStatus Memtype MemInfo""",
     "v2.llm_datadist": "LLMDataDist",
     "v2.kv_cache_manager": "KvCacheManager",
@@ -40,7 +38,7 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_C001_every_name_can_be_imported() -> None:
-    for name in NAMES - EXTENDED_NAMES:
+    for name in NAMES:
         assert getattr(llm_datadist, name).__name__
         assert name in llm_datadist.__all__
 

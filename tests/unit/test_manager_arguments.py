@@ -333,7 +333,7 @@ def test_only_a_decoder_pulls(role: LLMRole) -> None:
 def test_a_plain_pull_of_blocks(decoder: KvCacheManager, cache: KvCache) -> None:
     source, target = [0, True], [2, 3]
     decoder.pull_blocks(BlocksCacheKey(7, 3), cache, source, target)
-    assert asked(decoder) == [("pull_blocks", (7, 3, 1, source, target, None, None))]
+    assert asked(decoder) == [("pull_blocks", (7, (KeyKind.BLOCKS, 0, 3), 1, source, target, None, None, None))]
 
 
 def test_keywords_of_a_pull_of_blocks(decoder: KvCacheManager, cache: KvCache) -> None:
@@ -342,7 +342,7 @@ def test_keywords_of_a_pull_of_blocks(decoder: KvCacheManager, cache: KvCache) -
         key, cache, [0], [1], src_layer_range=range(1), dst_layer_range=range(1, 2), src_cache_offset="x"
     )
     decoder.pull_blocks(key, cache, [0], [1], dst_layer_range=range(3), tensor_num_per_layer=1)
-    assert [args[5:] for _, args in asked(decoder)] == [((0, 2), (2, 2)), (None, (0, 3))]
+    assert [args[5:] for _, args in asked(decoder)] == [((0, 2), (2, 2), None), (None, (0, 3), None)]
 
 
 def test_no_blocks_at_all(decoder: KvCacheManager, cache: KvCache) -> None:

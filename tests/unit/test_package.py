@@ -27,6 +27,7 @@ NAMES = {
     "CacheKey",
     "CacheKeyByIdAndIndex",
     "KvCache",
+    "Cache",
     "BlocksCacheKey",
     "LLMDataDist",
     "Placement",

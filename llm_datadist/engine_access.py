@@ -1,0 +1,34 @@
+"""How a manager of caches reaches its engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.cache_handle import CPU_CACHE_ID, CacheHandle
+
+if TYPE_CHECKING:
+    from llm_datadist.engine.engine import Engine
+    from llm_datadist.engine.several_devices import SeveralDevices
+
+
+class EngineAccess:
+    """Base of what managers are put together from.
+
+    Parameters
+    ----------
+    llm_engine : Engine
+        Engine of the instance.
+    """
+
+    _engine: Engine | SeveralDevices
+
+    def __init__(self, llm_engine: Engine | SeveralDevices) -> None:
+        self._engine = llm_engine
+
+    def _engine_id(self, cache: CacheHandle) -> int:
+        """Give the id that the engine knows a cache by; caches of another instance get one that it does not know."""
+        return cache._cache_id if cache._manager is self else CPU_CACHE_ID
+
+    def _tensor_memory(self, cache: CacheHandle, tensor_index: int) -> list[memoryview]:
+        """Give the bytes of a tensor that exists, writable, one view a device."""
+        return self._engine.tensor_memory(self._engine_id(cache), tensor_index)
