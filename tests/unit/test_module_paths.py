@@ -29,7 +29,7 @@ V1_TYPES = {
     *("CacheDesc", "CacheKey", "CacheKeyByIdAndIndex", "BlocksCacheKey", "KvCache", "Placement", "LayerSynchronizer"),
     *("TransferConfig", "TransferWithCacheKeyConfig", "CacheTask", "check_layer_range"),
 }
-V2_TYPES = V1_TYPES | {"RegisterMemStatus", "Memtype", "MemInfo", "PushType", "int_to_mem_status_dict"}
+V2_TYPES = V1_TYPES | {"Cache", "RegisterMemStatus", "Memtype", "MemInfo", "PushType", "int_to_mem_status_dict"}
 UTILS = {"layer_range_to_tensor_indices", "parse_listen_ip_info", "is_invalid_id", "is_valid_id"}
 DATADIST = {"LLMDataDist", "_shutdown_handler"}
 
@@ -46,6 +46,7 @@ PATHS = [
     ("llm_datadist.v2.llm_datadist", DATADIST),
     ("llm_datadist.v2.llm_utils", UTILS),
     ("llm_datadist.v2.kv_cache_manager", {"KvCacheManager"}),
+    ("llm_datadist.v2.cache_manager", {"CacheManager"}),
     ("llm_datadist_v1.configs", CONFIGS),
     ("llm_datadist_v1.data_type", DATA_TYPE),
     ("llm_datadist_v1.kv_cache_manager", {"KvCacheManager"}),
@@ -62,6 +63,7 @@ HOMES = [
     for name in (
         *("status", "configs", "cluster_info", "ip_address", "roles", "data_type", "tensor", "arguments", "cache_desc"),
         *("cache_keys", "cache_task", "kv_cache", "kv_cache_manager", "layer_synchronizer", "memory_info", "datadist"),
+        *("cache", "cache_manager"),
         *("transfer_config", "layer_range", "cluster_info_option", "log", "utils.log"),
     )
 ]
@@ -91,7 +93,7 @@ def test_classes_name_one_home() -> None:
 def test_the_names_of_the_first_generation() -> None:
     import llm_datadist_v1
 
-    names = set(llm_datadist.__all__) - {"Memtype", "MemInfo", "RegisterMemStatus"}
+    names = set(llm_datadist.__all__) - {"Cache", "Memtype", "MemInfo", "RegisterMemStatus"}
     assert set(llm_datadist_v1.__all__) == names
     for name in names:
         assert getattr(llm_datadist_v1, name) is getattr(llm_datadist, name)
@@ -100,6 +102,7 @@ def test_the_names_of_the_first_generation() -> None:
 def test_the_list_of_the_second_generation() -> None:
     assert set(llm_datadist.__all__) - set(llm_datadist.v2_list) == {"TensorDesc", "Tensor", "KvCacheManager"}
     assert set(llm_datadist.v2_list) < set(llm_datadist.__all__)
+    assert "CacheManager" not in llm_datadist.__all__
 
 
 def test_module_paths_alone_are_light() -> None:
