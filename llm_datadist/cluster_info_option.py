@@ -102,6 +102,20 @@ def switch_listen(options: dict[str, str] | None) -> tuple[str, int]:
     return dotted_ip(ip), port
 
 
+def optional_listen(options: dict[str, str] | None) -> tuple[str, int] | None:
+    """Read where a process in cache-manager mode listens: one ``ip:port``, None if it does not.
+
+    Raises as `own_cluster` does.
+    """
+    text = None if options is None else option_text(options, LISTEN_IP_INFO)
+    if not text:
+        return None
+    if ";" in text:
+        raise InvalidArgument(f"{LISTEN_IP_INFO} is {text!r}, should be one ip:port in cache-manager mode")
+    ip, port = parse_listen_ip_info(text)
+    return dotted_ip(ip), port
+
+
 def parse_listen_ip_info(entry: str) -> tuple[int, int]:
     """Read one ``ip:port``; gives the address in integer form and the port, raises as `own_cluster` does."""
     if entry.count(":") != 1:

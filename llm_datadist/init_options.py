@@ -7,15 +7,15 @@ from typing import NamedTuple
 from llm_datadist.arguments import INT32_MAX, check_isinstance
 from llm_datadist.buf_pool_option import KEY as BUF_POOL
 from llm_datadist.buf_pool_option import parse_buf_pool
+from llm_datadist.cache_manager_options import read_cache_manager_options, wants_cache_manager
 from llm_datadist.cluster_info_option import CLUSTER_INFO, own_cluster
 from llm_datadist.engine.options import EngineOptions, SizeClass
 from llm_datadist.known_options import warn_of_unknown
+from llm_datadist.mode_rules import ModeRules
 from llm_datadist.option_text import is_decimal, option_number, option_text
 from llm_datadist.roles import LLMRole
-from llm_datadist.status import InvalidArgument, LLMException, LLMStatusCode
+from llm_datadist.status import InvalidArgument
 
-CACHE_MANAGER = "llm.EnableCacheManager"
-LOCAL_COMM_RES = "llm.LocalCommRes"
 MEMORY_SIZE = "ge.flowGraphMemMaxSize"
 MEMORY_UTILIZATION = "llm.MemoryUtilization"
 ROLE = "llm.Role"
@@ -36,11 +36,14 @@ class InitOptions(NamedTuple):
     engine : EngineOptions
         What the engine is made from.
     entries : dict of str to str
-        What is written into the program's dictionary when the engine runs.
+        What is written into the program's dictionary when the engine runs; nothing in cache-manager mode.
+    rules : ModeRules
+        Which calls the instance offers.
     """
 
     engine: EngineOptions
     entries: dict[str, str]
+    rules: ModeRules
 
 
 def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -> InitOptions:
@@ -55,13 +58,13 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
     RuntimeError
         The IP of a listen address cannot be parsed.
     LLMException
-        LLM_PARAM_INVALID: an option is missing or cannot be used. LLM_FEATURE_NOT_ENABLED: an option asks for a mode
-        that is not available.
+        LLM_PARAM_INVALID: an option is missing or cannot be used.
     """
     check_isinstance("options", options, dict, allow_none=False)
     warn_of_unknown(options)
     pool_bytes = _pool_bytes(options)
-    _refuse_cache_manager(options)
+    if wants_cache_manager(options):
+        return _read_cache_manager(role, cluster_id, options)
     cluster = own_cluster(role, cluster_id, options)
     classes = _buf_pool_classes(options)
     engine = EngineOptions(
@@ -74,7 +77,22 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
         pool_bytes=sum(size_class.total_size for size_class in classes) if classes else pool_bytes,
         buf_pool_classes=classes,
     )
-    return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text})
+    return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text}, ModeRules())
+
+
+def _read_cache_manager(role: LLMRole, cluster_id: int, options: dict[str, str]) -> InitOptions:
+    """Check the options of an instance in cache-manager mode, where any role may listen."""
+    init = read_cache_manager_options(options)
+    engine = EngineOptions(
+        role=role,
+        cluster_id=cluster_id,
+        device_ids=(init.device_id,),
+        listen=() if init.rules.listen is None else (init.rules.listen,),
+        enable_switch_role=_enable_switch_role(options),
+        sync_kv_timeout_ms=_sync_kv_timeout_ms(options),
+        cache_manager=init.options,
+    )
+    return InitOptions(engine, {}, init.rules)
 
 
 def _pool_bytes(options: dict[str, str]) -> int | None:
@@ -100,18 +118,6 @@ def _check_memory_size(text: str) -> None:
         raise InvalidArgument(f"{MEMORY_SIZE} is {text!r}, only support one mem pool")
     if not is_decimal(text) or len(text) > _MAX_POOL_DIGITS:
         raise InvalidArgument(f"{MEMORY_SIZE} is {text[:64]!r}, should be a decimal number of bytes")
-
-
-def _refuse_cache_manager(options: dict[str, str]) -> None:
-    for key, is_on in (
-        (CACHE_MANAGER, options.get(CACHE_MANAGER) == "1"),
-        (LOCAL_COMM_RES, LOCAL_COMM_RES in options),
-    ):
-        if is_on:
-            raise LLMException(
-                f"{key} asks for the cache manager, which is not available: leave the option out",
-                status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-            )
 
 
 def _enable_switch_role(options: dict[str, str]) -> bool:

@@ -261,13 +261,6 @@ def test_values_are_text(name: str) -> None:
         read(**{name: 1})
 
 
-def test_the_cache_manager_is_not_available() -> None:
-    unavailable = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
-    refused("llm.EnableCacheManager", status=unavailable, llm__EnableCacheManager="1", ge__exec__deviceId=None)
-    refused("llm.LocalCommRes", status=unavailable, llm__LocalCommRes="")
-    assert read(llm__EnableCacheManager="0").engine == EngineOptions(DECODER, 5)
-
-
 EXAMPLE = [(2097152, 256, 8192), (10485760, 8192, 8388608), (69206016, 8192, 67108864)]
 
 
