@@ -52,6 +52,7 @@ class ControlLoop:
         self._wake_out.setblocking(False)
         self._epoll.register(self._wake_out, select.EPOLLIN)
         self._router: zmq.Socket[bytes] | None = None
+        self._retired: list[zmq.Socket[bytes]] = []  # former listeners, to be closed
         self._on_message: Callable[[bytes, bytes], None] | None = None
         self._thread: threading.Thread | None = None
         self._start_lock = threading.Lock()
@@ -92,6 +93,8 @@ class ControlLoop:
             except BaseException as error:
                 answer.set_exception(error)
 
+        if self._epoll.closed:
+            raise TimeoutError("the control thread has ended")
         self.start()
         self.call(run)
         try:
@@ -100,7 +103,13 @@ class ControlLoop:
             raise TimeoutError(f"the control thread did not answer within {seconds} s") from None
 
     def listen(self, host: str, port: int, on_message: Callable[[bytes, bytes], None]) -> None:
-        """Bind a ROUTER; `on_message(peer, data)` runs in the control thread. One listener at a time.
+        """Bind a ROUTER and serve it; see `bind` and `adopt`."""
+        router = self.bind(host, port)
+        self.call(lambda: self.adopt(router, on_message))
+        self.start()
+
+    def bind(self, host: str, port: int) -> zmq.Socket[bytes]:
+        """Bind a ROUTER, which the caller hands to `adopt` or closes.
 
         Raises
         ------
@@ -115,9 +124,7 @@ class ControlLoop:
         except BaseException:
             router.close()
             raise
-        # The thread does not run yet, or learns of it through the call: the socket changes hands exactly once.
-        self.call(lambda: self._adopt(router, on_message))
-        self.start()
+        return router
 
     def stop(self) -> None:
         """End the thread and close every socket; may be called twice, not from a handler."""
@@ -134,9 +141,8 @@ class ControlLoop:
             return
         while self._calls:  # adopt sockets that were handed over too late to be served
             self._guarded(self._calls.popleft())
-        if self._router is not None:
-            self._router.close()
-            self._router = None
+        self.unlisten()
+        self._close_retired()
         self._epoll.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -154,8 +160,15 @@ class ControlLoop:
         if self._readers.pop(connection.fileno(), None) is not None and not self._epoll.closed:
             self._epoll.unregister(connection)
 
+    def adopt(self, router: zmq.Socket[bytes], on_message: Callable[[bytes, bytes], None]) -> None:
+        """Take over a bound ROUTER: `on_message(peer, data)` runs for each message. The one before it is closed."""
+        self.unlisten()
+        self._router, self._on_message = router, on_message
+
     def unlisten(self) -> None:
         """Close the listener; the loop does so before it waits again."""
+        if self._router is not None:
+            self._retired.append(self._router)
         self._router = self._on_message = None
 
     def at(self, deadline: float, function: Callable[[], None]) -> None:
@@ -170,9 +183,6 @@ class ControlLoop:
             except zmq.ZMQError as error:
                 _log.warning("cannot answer a peer: %s", error)
 
-    def _adopt(self, router: zmq.Socket[bytes], on_message: Callable[[bytes, bytes], None]) -> None:
-        self._router, self._on_message = router, on_message
-
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._epoll.fileno(), zmq.POLLIN)
@@ -181,10 +191,10 @@ class ControlLoop:
             if self._router is not polled:
                 if polled is not None:
                     poller.unregister(polled)
-                    polled.close()
                 polled = self._router
                 if polled is not None:
                     poller.register(polled, zmq.POLLIN)
+            self._close_retired()
             poller.poll(self._wait_ms())
             for descriptor, _ in self._epoll.poll(0):
                 self._handle(descriptor)
@@ -194,8 +204,10 @@ class ControlLoop:
                 self._receive(self._router)
             while self._timers and self._timers[0][0] <= time.monotonic():
                 self._guarded(heapq.heappop(self._timers)[2])
-        if polled is not None and polled is not self._router:
-            polled.close()
+
+    def _close_retired(self) -> None:
+        while self._retired:
+            self._retired.pop().close()
 
     def _wait_ms(self) -> int | None:
         if self._calls:

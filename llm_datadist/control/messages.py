@@ -1,4 +1,4 @@
-"""Every message that two processes exchange over ZeroMQ, and nothing else about them.
+"""Every message that two processes exchange, and nothing else about them.
 
 A message is one msgpack map: ``v`` is the protocol version, ``t`` the name of the message, the other entries are its
 fields. Fields that a reader does not know are ignored, so that a newer peer may say more; a field that is missing, of
@@ -33,6 +33,7 @@ class Hello:
     host: str  # see transports.rendezvous.host_identity
     transports: list[str]  # offered, best first
     timeout_ms: int  # how long the client waits; the server forgets the request then
+    cache_manager: bool  # whether the client is in cache-manager mode; both must be, or none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,27 @@ class ProbeAnswer:
     linked: bool
 
 
-Message = Union[Hello, Accept, Refuse, Unlink, Unlinked, Probe, ProbeAnswer]
+@dataclasses.dataclass(frozen=True)
+class MemberHello:
+    """Member of a communicator to another one: I am here."""
+
+    cluster_id: int
+    rank: int
+    instance: bytes
+    rank_table: bytes  # digest: all members must have been given the same table
+
+
+@dataclasses.dataclass(frozen=True)
+class MemberAccept:
+    """Member of lower rank to the one that said hello: let us link."""
+
+    cluster_id: int
+    rank: int
+    instance: bytes
+    token: bytes  # names this link from now on
+
+
+Message = Union[Hello, Accept, Refuse, Unlink, Unlinked, Probe, ProbeAnswer, MemberHello, MemberAccept]
 
 _TYPES: dict[str, type[Any]] = {
     "hello": Hello,
@@ -94,6 +115,8 @@ _TYPES: dict[str, type[Any]] = {
     "unlinked": Unlinked,
     "probe": Probe,
     "probe_answer": ProbeAnswer,
+    "member_hello": MemberHello,
+    "member_accept": MemberAccept,
 }
 _NAMES = {cls: name for name, cls in _TYPES.items()}
 

@@ -15,14 +15,15 @@ from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
 from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.keys import KeyKind, KeyName
-from llm_datadist.engine.link import ClusterAddress
+from llm_datadist.engine.link import ClusterAddress, Identity
 from llm_datadist.engine.link_calls import LinkCalls, LinkResult
-from llm_datadist.engine.link_client import Identity, LinkClient
-from llm_datadist.engine.link_server import LinkServer
+from llm_datadist.engine.link_client import LinkClient
+from llm_datadist.engine.link_listener import LinkListener
 from llm_datadist.engine.link_table import LinkDescription, LinkTable
 from llm_datadist.engine.local_copies import LocalCopies
 from llm_datadist.engine.mode_codes import CACHE_MANAGER_MODE, KV_MODE
 from llm_datadist.engine.options import EngineOptions
+from llm_datadist.engine.peer_link_calls import PeerLinkCalls
 from llm_datadist.engine.transfer_failures import TransferFailures
 from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
 from llm_datadist.engine.transfers import Transfers
@@ -67,15 +68,18 @@ class Engine(Transfers):
             self._caches.close()
             raise
         self._copies = LocalCopies(self._caches, self._timeout_ms, self._codes.timeout)
-        identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity())
-        self._links = LinkTable(self._loop, self._caches.forget_peer)
-        self._calls = LinkCalls(self._links, LinkClient(self._loop.context, identity, self._grant))
-        self._identity = identity
+        cache_manager = options.cache_manager
+        identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity(), cache_manager is not None)
+        self._links = LinkTable(self._loop, self._caches.forget_peer, identity)
+        client = LinkClient(self._loop.context, identity, self._grant)
+        self._calls = LinkCalls(self._links, client)
+        self._peer_calls = PeerLinkCalls(self._links, client, identity, cache_manager) if cache_manager else None
+        self._listener = LinkListener(self._loop, identity, self._grant, self._links)
         self._may_switch = options.enable_switch_role
-        self._server: LinkServer | None = None
+        self._may_move = cache_manager is None or not cache_manager.has_backend
         try:
-            for host, port in options.listen:
-                self._server = self._listen(host, port)
+            for address in options.listen:
+                self._listener.listen(address)
         except BaseException:
             self.close()
             raise
@@ -89,8 +93,7 @@ class Engine(Transfers):
             return  # a forked child: threads and sockets are the parent's
         self._jobs.close(self._timeout_s)  # no push takes longer
         self._loop.stop()
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         self._links.close()
         if self._copies.close():
             self._caches.close()
@@ -298,11 +301,15 @@ class Engine(Transfers):
     def link(self, clusters: Sequence[ClusterAddress], timeout_ms: int) -> LinkResult:
         """Link to remote clusters; see ``LLMDataDist.link_clusters``."""
         self._require_open("link_clusters")
+        if self._peer_calls is not None:
+            return self._peer_calls.link(clusters, timeout_ms, self.role)
         return self._calls.link(clusters, timeout_ms, self.role, num_devices=1)
 
     def unlink(self, clusters: Sequence[ClusterAddress], timeout_ms: int, force: bool) -> LinkResult:
         """Take links down; see ``LLMDataDist.unlink_clusters``."""
         self._require_open("unlink_clusters")
+        if self._peer_calls is not None:
+            return self._peer_calls.unlink(clusters, timeout_ms, force)
         return self._calls.unlink(clusters, timeout_ms, force, self.role, num_devices=1)
 
     def switch_role(self, role: LLMRole, listen: tuple[str, int] | None) -> None:
@@ -311,9 +318,9 @@ class Engine(Transfers):
         Parameters
         ----------
         role : LLMRole
-            Another one than now.
+            Another one than now; in cache-manager mode any.
         listen : (str, int) or None
-            Where a PROMPT listens.
+            Where to listen from now on: a PROMPT, or any role in cache-manager mode.
 
         Raises
         ------
@@ -323,35 +330,15 @@ class Engine(Transfers):
         """
         call = "switch_role"
         self._require_open(call)
+        if self._peer_calls is not None:
+            self._listener.move(call, listen, may_change=self._may_move)
+            self.role = role
+            return
         if not self._may_switch:
             reason = "set enable_switch_role (llm.EnableSwitchRole) at init"
             raise failure(call, LLMStatusCode.LLM_FEATURE_NOT_ENABLED, reason)
-        self._calls.exclude(call, lambda: self._switch(call, role, listen))
-
-    def _switch(self, call: str, role: LLMRole, listen: tuple[str, int] | None) -> None:
-        # Links are accepted in the control thread: seen from there, none can appear between the look and the switch.
-        def leave() -> None:
-            if len(self._links):
-                reason = f"{len(self._links)} links exist, unlink them all first"
-                raise failure(call, LLMStatusCode.LLM_EXIST_LINK, reason)
-            if self._server is not None:
-                self._server.close()
-
-        try:
-            self._loop.ask(leave)
-        except TimeoutError as error:
-            raise failure(call, LLMStatusCode.LLM_FAILED, str(error)) from error
-        if self._server is not None:
-            self._server.wait_until_closed()
-            self._server = None
-        if listen is not None:
-            self._server = self._listen(*listen)
+        self._calls.exclude(call, lambda: self._listener.move(call, listen))
         self.role = role
-
-    def _listen(self, host: str, port: int) -> LinkServer:
-        server = LinkServer(self._loop, self._identity, self._grant, self._links)
-        server.start(host, port)
-        return server
 
     def check_link(self, remote_cluster_id: int) -> None:
         """Ask the peer whether a link is whole; see ``LLMDataDist.check_link_status``."""

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from llm_datadist.engine.link_state import LinkEvent, LinkState, LinkStatus
 from llm_datadist.transports.base import End, Grant
 
 _CLOSE_SECONDS = 1.0  # a running copy looks up at least every millisecond
+
+
+class Identity(NamedTuple):
+    """What this process says about itself in a handshake.
+
+    Attributes
+    ----------
+    cluster_id : int
+        uint64.
+    instance : bytes
+        Random name of this run of the process.
+    host : str
+        See `llm_datadist.transports.rendezvous.host_identity`.
+    cache_manager : bool
+        Whether this process is in cache-manager mode: links carry pulls and pushes in both directions then.
+    """
+
+    cluster_id: int
+    instance: bytes
+    host: str
+    cache_manager: bool
 
 
 class ClusterAddress(NamedTuple):
@@ -41,12 +64,17 @@ class Link:
         Which run of the remote process it is.
     address : ClusterAddress or None
         What the client linked to; None on the server's side.
+    communicator : int or None
+        Id of the communicator that the link belongs to; None if it was made by ``link_clusters``.
     end : End
         What this process does to the peer: the client pulls, the server pushes.
     grant : Grant
         What the peer may do to the caches of this process.
     connection : socket
         Kept open as long as the link; the kernel closes it when a process dies.
+    farewell : Future of bytes
+        What the peer says to an unlink that was started here: `GONE` or `BUSY` of `llm_datadist.transports.rendezvous`,
+        or nothing (b"") if it was lost.
     """
 
     def __init__(
@@ -58,6 +86,7 @@ class Link:
         grant: Grant,
         connection: socket.socket,
         address: ClusterAddress | None = None,
+        communicator: int | None = None,
     ) -> None:
         self.cluster_id = cluster_id
         self.token = token
@@ -66,6 +95,8 @@ class Link:
         self.grant = grant
         self.connection = connection
         self.address = address
+        self.communicator = communicator
+        self.farewell: Future[bytes] = Future()
         self.status = LinkStatus()
         self.status.handle(LinkEvent.SET_UP)
 
@@ -88,6 +119,12 @@ class Link:
         self.status.handle(LinkEvent.PEER_LOST)
         self.end.mark_dead()
         self.grant.revoke()
+        self.hear_farewell(b"")
+
+    def hear_farewell(self, word: bytes) -> None:
+        """Take the peer's answer to an unlink; only the first one counts."""
+        if not self.farewell.done():
+            self.farewell.set_result(word)
 
     def start_unlink(self) -> bool:
         """Go to UNLINKING and let no new transfer start; False, and nothing changed, if one uses the link."""
@@ -100,11 +137,16 @@ class Link:
         """Take `start_unlink` back: the other side uses the link."""
         self.status.handle(LinkEvent.KEPT)
         self.end.reopen()
+        self.farewell = Future()
+        if self.end.dead:  # it said so and died
+            self.status.handle(LinkEvent.PEER_LOST)
 
     def close(self) -> None:
         """Give up what this side holds. The caller has taken the connection out of the control loop."""
         self.end.close(time.monotonic_ns() + int(_CLOSE_SECONDS * 1e9))
         self.grant.revoke()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # the peer learns of it even if a forked child has a copy
         self.connection.close()
         if self.state is LinkState.UNLINKING:
             self.status.handle(LinkEvent.CLOSED)

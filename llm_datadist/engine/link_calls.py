@@ -105,18 +105,19 @@ class LinkCalls:
     # ---- link
 
     def _link(self, clusters: Sequence[ClusterAddress], deadline: float) -> LinkResult:
-        results, todo = self._sort_out(clusters, lambda linked: LLMStatusCode.LLM_ALREADY_LINK if linked else None)
+        already = LLMStatusCode.LLM_ALREADY_LINK
+        results, todo = answer_at_once(self._table, clusters, lambda _, linked: already if linked else None)
         if len(self._table) + len(todo) > MAX_LINKS:
             _log.error("link_clusters: %d links exist, at most %d are possible", len(self._table), MAX_LINKS)
             code = LLMStatusCode.LLM_PARAM_INVALID
             return code, [code] * len(clusters)
-        answers = _each(results, todo, lambda index: self._link_one(clusters[index], deadline))
+        answers = for_each(results, todo, lambda index: self._link_one(clusters[index], deadline))
         good = (_SUCCESS, LLMStatusCode.LLM_ALREADY_LINK)
         return _SUCCESS if all(code in good for code in answers) else LLMStatusCode.LLM_LINK_FAILED, answers
 
     def _link_one(self, cluster: ClusterAddress, deadline: float) -> LLMStatusCode:
         try:
-            link = self._client.set_up(cluster, deadline)
+            link = self._client.set_up(cluster, LLMRole.DECODER, deadline)
         except LinkRefused as error:
             _log.warning("cannot link to cluster %d: %s", cluster.remote_cluster_id, error)
             return error.code
@@ -126,8 +127,9 @@ class LinkCalls:
     # ---- unlink
 
     def _unlink(self, clusters: Sequence[ClusterAddress], deadline: float, force: bool, role: LLMRole) -> LinkResult:
-        results, todo = self._sort_out(clusters, lambda linked: None if linked else LLMStatusCode.LLM_NOT_YET_LINK)
-        answers = _each(results, todo, lambda index: self._unlink_one(clusters[index], deadline, force, role))
+        unknown = LLMStatusCode.LLM_NOT_YET_LINK
+        results, todo = answer_at_once(self._table, clusters, lambda _, linked: None if linked else unknown)
+        answers = for_each(results, todo, lambda index: self._unlink_one(clusters[index], deadline, force, role))
         good = (_SUCCESS, LLMStatusCode.LLM_NOT_YET_LINK)
         return _SUCCESS if all(code in good for code in answers) else LLMStatusCode.LLM_UNLINK_FAILED, answers
 
@@ -148,27 +150,30 @@ class LinkCalls:
         self._table.remove(link)
         return result
 
-    def _sort_out(
-        self, clusters: Sequence[ClusterAddress], answer: Callable[[bool], LLMStatusCode | None]
-    ) -> tuple[list[LLMStatusCode | None], list[int]]:
-        """Answer what needs no peer.
 
-        `answer` says what a linked (True) or an unknown cluster (False) gets at once, None if there is work to do.
-        Returns the results so far, and the indices of the clusters with work.
-        """
-        results: list[LLMStatusCode | None] = [None] * len(clusters)
-        todo: dict[int, int] = {}
-        for index, cluster in enumerate(clusters):
-            number = cluster.remote_cluster_id
-            results[index] = answer(number in self._table)
-            if results[index] is None and number in todo:
-                results[index] = LLMStatusCode.LLM_REPEAT_REQUEST
-            elif results[index] is None:
-                todo[number] = index
-        return results, list(todo.values())
+def answer_at_once(
+    table: LinkTable,
+    clusters: Sequence[ClusterAddress],
+    answer: Callable[[ClusterAddress, bool], LLMStatusCode | None],
+) -> tuple[list[LLMStatusCode | None], list[int]]:
+    """Answer what needs no peer.
+
+    `answer` says what a cluster, linked or not, gets at once; None if there is work to do. Returns the results so far,
+    and the indices of the clusters with work.
+    """
+    results: list[LLMStatusCode | None] = [None] * len(clusters)
+    todo: dict[int, int] = {}
+    for index, cluster in enumerate(clusters):
+        number = cluster.remote_cluster_id
+        results[index] = answer(cluster, number in table)
+        if results[index] is None and number in todo:
+            results[index] = LLMStatusCode.LLM_REPEAT_REQUEST
+        elif results[index] is None:
+            todo[number] = index
+    return results, list(todo.values())
 
 
-def _each(
+def for_each(
     results: list[LLMStatusCode | None], todo: list[int], work: Callable[[int], LLMStatusCode]
 ) -> list[LLMStatusCode]:
     """Do the work of several clusters at the same time and fill the results in."""
@@ -189,8 +194,6 @@ def _refused(code: LLMStatusCode, call: str, reason: str) -> LinkResult:
 def check_clusters(call: str, clusters: Sequence[ClusterAddress], num_devices: int) -> LinkResult | None:
     """Refuse a call whose clusters cannot be meant; None if they can."""
     invalid = LLMStatusCode.LLM_PARAM_INVALID
-    if not clusters:
-        return _refused(invalid, call, "no clusters given")
     for cluster in clusters:
         name, local, remote = f"cluster {cluster.remote_cluster_id}", len(cluster.local), len(cluster.remote)
         if not local or not remote:
@@ -199,6 +202,13 @@ def check_clusters(call: str, clusters: Sequence[ClusterAddress], num_devices: i
         if not local == remote == num_devices:
             reason = f"{name} has {local} local and {remote} remote addresses for {num_devices} devices"
             return _refused(invalid, call, reason)
+    return refuse_number_of_clusters(call, clusters)
+
+
+def refuse_number_of_clusters(call: str, clusters: Sequence[ClusterAddress]) -> LinkResult | None:
+    """Refuse a call with no clusters or too many; None if their number is right."""
+    if not clusters:
+        return _refused(LLMStatusCode.LLM_PARAM_INVALID, call, "no clusters given")
     if len(clusters) > MAX_CLUSTERS_A_CALL:
         reason = f"{len(clusters)} clusters in one call, at most {MAX_CLUSTERS_A_CALL}"
         return _refused(LLMStatusCode.LLM_CLUSTER_NUM_EXCEED_LIMIT, call, reason)

@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import time
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import zmq
 
@@ -23,7 +23,7 @@ from llm_datadist.control.messages import (
     Unlink,
     Unlinked,
 )
-from llm_datadist.engine.link import ClusterAddress, Link
+from llm_datadist.engine.link import ClusterAddress, Identity, Link
 from llm_datadist.engine.link_state import LinkEvent
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMStatusCode, code_2_status
@@ -32,24 +32,17 @@ from llm_datadist.transports import rendezvous, shared_memory
 _log = logging.getLogger("llm_datadist.link")
 
 
-class Identity(NamedTuple):
-    """What this process says about itself in a handshake."""
-
-    cluster_id: int
-    instance: bytes
-    host: str
-
-
 # Makes this side's grant for one link; the argument says whether the peer will push into the pool.
 MakeGrant = Callable[[bool], shared_memory.SharedMemoryGrant]
 
 
 class LinkRefused(Exception):
-    """A link was not made; carries the status for the caller."""
+    """A link was not made; carries the status for the caller, and whether the server itself has said so."""
 
-    def __init__(self, code: LLMStatusCode, reason: str) -> None:
+    def __init__(self, code: LLMStatusCode, reason: str, *, is_final: bool = False) -> None:
         super().__init__(reason)
         self.code = code
+        self.is_final = is_final
 
 
 def address_text(ip: int) -> str:
@@ -80,35 +73,37 @@ class LinkClient:
         self._identity = identity
         self._make_grant = make_grant
 
-    def set_up(self, cluster: ClusterAddress, deadline: float) -> Link:
+    def set_up(self, cluster: ClusterAddress, role: LLMRole, deadline: float) -> Link:
         """Make a link.
 
         Raises
         ------
         LinkRefused
-            LLM_LINK_FAILED, LLM_WAIT_PROCESS_TIMEOUT, or what the server says. Nothing is left open.
+            LLM_LINK_FAILED, LLM_WAIT_PROCESS_TIMEOUT, or what the server says; LLM_PROCESSING_LINK: it is linking to
+            this process at the same moment, and its link comes first. Nothing is left open.
         """
         try:
-            accept = self._introduce(cluster, deadline)
+            accept = self._introduce(cluster, role, deadline)
             return self._join(cluster, accept, deadline)
         except (NoAnswer, socket.timeout) as error:
             raise LinkRefused(LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT, str(error)) from error
         except (Unreachable, MessageError, OSError, ValueError, rendezvous.ForeignProcess) as error:
             raise LinkRefused(LLMStatusCode.LLM_LINK_FAILED, str(error)) from error
 
-    def _introduce(self, cluster: ClusterAddress, deadline: float) -> Accept:
+    def _introduce(self, cluster: ClusterAddress, role: LLMRole, deadline: float) -> Accept:
         hello = Hello(
             cluster_id=self._identity.cluster_id,
             remote_cluster_id=cluster.remote_cluster_id,
-            role=int(LLMRole.DECODER),
+            role=int(role),
             instance=self._identity.instance,
             host=self._identity.host,
             transports=[shared_memory.NAME],
             timeout_ms=max(1, int((deadline - time.monotonic()) * 1000)),
+            cache_manager=self._identity.cache_manager,
         )
         answer = self._ask(cluster, hello, deadline)
         if isinstance(answer, Refuse):
-            raise LinkRefused(code_2_status(answer.code), answer.reason)
+            raise LinkRefused(code_2_status(answer.code), answer.reason, is_final=True)
         if not isinstance(answer, Accept) or len(answer.token) != rendezvous.TOKEN_BYTES:
             raise MessageError(f"unexpected answer {answer!r}")
         return answer
@@ -120,11 +115,15 @@ class LinkClient:
             connection.sendall(accept.token)
             connection.settimeout(_left(deadline))
             granted = rendezvous.receive_descriptors(connection, rendezvous.GRANTED, shared_memory.NUM_DESCRIPTORS)
-            puller = shared_memory.attach(granted, pool_writable=False, connection=connection)
+            private = connection if self._identity.cache_manager else None
+            puller = shared_memory.attach(granted, pool_writable=self._identity.cache_manager, connection=private)
             grant = self._make_grant(True)
             grant.send(connection, rendezvous.MAPPED)
             connection.settimeout(_left(deadline))
-            if connection.recv(1) != rendezvous.LINKED:
+            word = connection.recv(1)
+            if word == rendezvous.CROSSED:
+                raise LinkRefused(LLMStatusCode.LLM_PROCESSING_LINK, "the server is linking to this process")
+            if word != rendezvous.LINKED:
                 raise ConnectionError("the server gave the link up during the handshake")
             connection.setblocking(False)
         except BaseException:

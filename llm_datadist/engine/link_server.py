@@ -29,8 +29,8 @@ from llm_datadist.control.messages import (
     encode,
 )
 from llm_datadist.engine.failures import failure
-from llm_datadist.engine.link import Link
-from llm_datadist.engine.link_client import Identity, MakeGrant
+from llm_datadist.engine.link import Identity, Link
+from llm_datadist.engine.link_client import MakeGrant
 from llm_datadist.engine.link_state import LinkEvent
 from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.status import LLMStatusCode
@@ -57,7 +57,7 @@ class _SetUp:
 
 
 class LinkServer:
-    """Accepts links for one PROMPT process. Everything in here runs in the control thread.
+    """Accepts links at one address. Everything in here runs in the control thread, unless it says otherwise.
 
     Parameters
     ----------
@@ -86,24 +86,42 @@ class LinkServer:
         self._waiting: deque[tuple[bytes, Hello, float]] = deque()
         self._strangers: set[socket.socket] = set()
         self._address: tuple[str, int] | None = None
+        self._router: zmq.Socket[bytes] | None = None
         self._listener, self._name = rendezvous.listen()
 
     def start(self, host: str, port: int) -> None:
-        """Listen on the given address.
+        """Listen on the given address. In any thread.
 
         Raises
         ------
         LLMException
             LLM_FAILED: the address cannot be bound; nothing is left open.
         """
+        self.bind(host, port)
+        self._loop.call(self.serve)
+        self._loop.start()
+
+    def bind(self, host: str, port: int) -> None:
+        """Take the address, to be served or discarded; raises as `start` does. In any thread."""
         try:
-            self._loop.listen(host, port, self.on_message)
+            self._router = self._loop.bind(host, port)
         except zmq.ZMQError as error:
             self._listener.close()
             reason = f"cannot listen on {host}:{port} ({error.strerror}), choose a free port"
             raise failure("listening", LLMStatusCode.LLM_FAILED, reason) from error
         self._address = (host, port)
-        self._loop.call(lambda: self._loop.watch(self._listener, self._on_connection))
+
+    def discard(self) -> None:
+        """Give up an address that was never served. In any thread."""
+        assert self._router is not None
+        self._router.close()
+        self._listener.close()
+
+    def serve(self) -> None:
+        """Answer clients from now on."""
+        assert self._router is not None
+        self._loop.adopt(self._router, self.on_message)
+        self._loop.watch(self._listener, self._on_connection)
 
     def close(self) -> None:
         """Stop listening and give up what is under way; in the control thread, or when it has ended."""
@@ -117,7 +135,10 @@ class LinkServer:
             self._abandon(set_up, "the server stops")
 
     def wait_until_closed(self) -> None:
-        """Wait until nobody is accepted at the address any more: ZeroMQ closes a listener in a thread of its own."""
+        """Wait until nobody is accepted at the address any more: ZeroMQ closes a listener in a thread of its own.
+
+        In any thread but the control thread.
+        """
         give_up = time.monotonic() + _CLOSE_SECONDS
         while self._address is not None and not _is_free(self._address):
             if time.monotonic() > give_up:
@@ -162,7 +183,8 @@ class LinkServer:
     def _start(self, peer: bytes, hello: Hello, deadline: float) -> None:
         refusal = self._check(hello)
         if refusal is not None:
-            _log.warning("refused cluster %d: %s", hello.cluster_id, refusal.reason)
+            level = logging.DEBUG if refusal.code == LLMStatusCode.LLM_PROCESSING_LINK else logging.WARNING
+            _log.log(level, "refused cluster %d: %s", hello.cluster_id, refusal.reason)
             self._reply(peer, refusal)
             return
         set_up = _SetUp(hello, rendezvous.new_token(), deadline)
@@ -181,6 +203,15 @@ class LinkServer:
                 f"cluster {self._identity.cluster_id} listens here, the client expects {hello.remote_cluster_id}:"
                 " set remote_cluster_id to the id that the prompt was made with",
             )
+        if hello.cache_manager != self._identity.cache_manager:
+            modes = ("in cache-manager mode", "not in cache-manager mode")
+            mine, other = modes if self._identity.cache_manager else modes[::-1]
+            return Refuse(
+                failed,
+                f"this process is {mine}, the client is {other}: set llm.EnableCacheManager alike at both",
+            )
+        if hello.instance == self._identity.instance:
+            return Refuse(failed, "the client is this very process")
         if shared_memory.NAME not in hello.transports or hello.host != self._identity.host:
             return Refuse(failed, f"no transport in common: the client offers {hello.transports} on host {hello.host}")
         return self._table.admit(hello)
@@ -188,13 +219,12 @@ class LinkServer:
     # ---- set-ups
 
     def _on_connection(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.setblocking(False)
         try:
-            rendezvous.require_same_user(connection)
+            connection = rendezvous.accept(self._listener)
+        except BlockingIOError:
+            return  # the client has gone again
         except rendezvous.ForeignProcess as error:
             _log.warning("refused a connection: %s", error)
-            connection.close()
             return
         self._strangers.add(connection)
         self._loop.watch(connection, lambda: self._on_token(connection))
@@ -217,7 +247,7 @@ class LinkServer:
         self._loop.unwatch(connection)
         set_up.connection = connection
         try:
-            set_up.grant = self._make_grant(False)
+            set_up.grant = self._make_grant(self._identity.cache_manager)
             set_up.grant.send(connection, rendezvous.GRANTED)
         except OSError as error:
             self._abandon(set_up, f"cannot send descriptors: {error}")
@@ -243,21 +273,27 @@ class LinkServer:
             self._abandon(set_up, f"the client gave up or is no peer of ours: {error}")
             return
         hello = set_up.hello
-        refusal = self._table.admit(hello)  # again: another set-up of the same cluster may have been quicker
-        if refusal is not None:
-            pusher.close(time.monotonic_ns())
-            self._abandon(set_up, refusal.reason)
-            return
-        self._loop.unwatch(connection)
         link = Link(hello.cluster_id, set_up.token, hello.instance, pusher, grant, connection)
         link.status.handle(LinkEvent.MADE)
+        self._loop.unwatch(connection)
         # In the table before the client hears of it: its first pull or unlink may come at once.
-        self._table.add_accepted(link)
+        refusal = self._table.add_accepted(hello, link)
+        if refusal is not None:  # another link of the same cluster was quicker
+            pusher.close(time.monotonic_ns())
+            if refusal.code == LLMStatusCode.LLM_PROCESSING_LINK:
+                self._send(set_up, rendezvous.CROSSED)
+            self._abandon(set_up, refusal.reason)
+            return
         self._end(set_up)
+        self._send(set_up, rendezvous.LINKED)
+
+    @staticmethod
+    def _send(set_up: _SetUp, word: bytes) -> None:
+        assert set_up.connection is not None
         try:
-            connection.send(rendezvous.LINKED)
-        except OSError:
-            _log.info("cluster %d is gone before its link was finished", hello.cluster_id)  # the loop sees it close
+            set_up.connection.send(word)
+        except OSError:  # the loop sees it close
+            _log.info("cluster %d is gone before its link was finished", set_up.hello.cluster_id)
 
     def _expire(self, set_up: _SetUp) -> None:
         if set_up.token in self._set_ups:

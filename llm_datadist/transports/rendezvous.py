@@ -17,6 +17,12 @@ TOKEN_BYTES = 16
 GRANTED = b"G"  # server: its descriptors come with this byte
 MAPPED = b"M"  # client: everything is mapped and checked; its own descriptors come with this byte
 LINKED = b"L"  # server: everything is mapped and checked, the link is in its table
+CROSSED = b"X"  # server, instead of LINKED: this process is linking to the client itself, and its link comes first
+
+# One byte each, at any time later, on the connection of a link in cache-manager mode.
+UNLINK = b"U"  # please take the link down; answered by one of the following
+BUSY = b"B"  # no: a transfer uses it
+GONE = b"G"  # this side has given the link up; also without being asked
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
@@ -38,20 +44,25 @@ def host_identity() -> str:
 
 def listen() -> tuple[socket.socket, str]:
     """Open a non-blocking listener on a fresh abstract name; returns it and the name without the leading null byte."""
+    name = f"llm_datadist.{secrets.token_hex(16)}"
+    return listen_at(name), name
+
+
+def listen_at(name: str) -> socket.socket:
+    """Open a non-blocking listener on an abstract name; OSError (EADDRINUSE) if somebody listens there."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        name = f"llm_datadist.{secrets.token_hex(16)}"
         listener.bind(f"\0{name}")
         listener.listen(128)
         listener.setblocking(False)
     except BaseException:
         listener.close()
         raise
-    return listener, name
+    return listener
 
 
 def connect(name: str, timeout_s: float) -> socket.socket:
-    """Connect to a peer's abstract name; the socket keeps the timeout.
+    """Connect to a peer's abstract name; the socket keeps the timeout (0: it does not block, as the connect does not).
 
     Raises
     ------
@@ -64,6 +75,18 @@ def connect(name: str, timeout_s: float) -> socket.socket:
     try:
         connection.settimeout(timeout_s)
         connection.connect(f"\0{name}")
+        require_same_user(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """Take the next connection, non-blocking; raises `ForeignProcess` if another user has made it."""
+    connection, _ = listener.accept()
+    try:
+        connection.setblocking(False)
         require_same_user(connection)
     except BaseException:
         connection.close()

@@ -45,6 +45,7 @@ def hello(**changes: object) -> Hello:
         "host": rendezvous.host_identity(),
         "transports": ["shared_memory"],
         "timeout_ms": 2000,
+        "cache_manager": False,
         **changes,
     }
     return Hello(**fields)  # type: ignore[arg-type]

@@ -148,6 +148,7 @@ class Client:
                 host=rendezvous.host_identity(),
                 transports=["shared_memory"],
                 timeout_ms=timeout_ms,
+                cache_manager=False,
             )
         )
 

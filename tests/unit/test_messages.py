@@ -14,6 +14,8 @@ from llm_datadist.control.messages import (
     PROTOCOL_VERSION,
     Accept,
     Hello,
+    MemberAccept,
+    MemberHello,
     Message,
     MessageError,
     Probe,
@@ -39,6 +41,7 @@ messages = st.one_of(
         host=text,
         transports=st.lists(text, max_size=5),
         timeout_ms=st.integers(1, 2**31 - 1),
+        cache_manager=st.booleans(),
     ),
     st.builds(Accept, cluster_id=uint64, instance=token, token=token, transport=text, rendezvous=text),
     st.builds(Refuse, code=uint64, reason=text),
@@ -46,9 +49,11 @@ messages = st.one_of(
     st.builds(Unlinked, code=uint64),
     st.builds(Probe, cluster_id=uint64, token=token),
     st.builds(ProbeAnswer, linked=st.booleans()),
+    st.builds(MemberHello, cluster_id=uint64, rank=st.integers(0, 2**32 - 1), instance=token, rank_table=token),
+    st.builds(MemberAccept, cluster_id=uint64, rank=st.integers(0, 2**32 - 1), instance=token, token=token),
 )
 
-HELLO = Hello(1, 2, 2, b"i" * 16, "host", ["shared_memory"], 1000)
+HELLO = Hello(1, 2, 2, b"i" * 16, "host", ["shared_memory"], 1000, False)
 
 
 def fields_of(message: Message) -> dict[str, object]:
