@@ -5,7 +5,7 @@ from __future__ import annotations
 from llm_datadist.allocation_arguments import blocks_model, check_num_tensors, check_tensor_nbytes, key_names
 from llm_datadist.arguments import check_int64
 from llm_datadist.cache import Cache
-from llm_datadist.cache_desc import CacheDesc, Placement
+from llm_datadist.cache_desc import CacheDesc
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey
 from llm_datadist.cache_manager_access import CacheManagerAccess
 from llm_datadist.memory_info import MemInfo
@@ -84,7 +84,6 @@ class RegistrationCalls(CacheManagerAccess):
             slots,
             list(addrs),
             keys=key_names(cache_keys, slots, unique=True),
-            host=cache_desc.placement is Placement.HOST,
             accessible=reachable,
         )
         return Cache(cache_id, cache_desc, list(addrs), self, is_registered=True, is_blocks_cache=False)
@@ -138,7 +137,6 @@ class RegistrationCalls(CacheManagerAccess):
             cache_desc.shape[0],
             list(addrs),
             blocks_model=model_id,
-            host=cache_desc.placement is Placement.HOST,
             accessible=reachable,
         )
         return Cache(cache_id, cache_desc, list(addrs), self, is_registered=True, is_blocks_cache=True)

@@ -266,7 +266,8 @@ class LinkServer:
         assert grant is not None
         try:
             granted = rendezvous.receive_descriptors(connection, rendezvous.MAPPED, shared_memory.NUM_DESCRIPTORS)
-            pusher = shared_memory.attach(granted, pool_writable=True, connection=connection)
+            private = connection if self._identity.cache_manager else None
+            pusher = shared_memory.attach(granted, pool_writable=True, connection=private)
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:

@@ -25,7 +25,7 @@ from llm_datadist.engine.link_table import LinkDescription
 from llm_datadist.engine.options import EngineOptions
 from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
 from llm_datadist.roles import LLMRole
-from llm_datadist.status import LLMStatusCode
+from llm_datadist.status import LLMException, LLMStatusCode
 
 _Result = TypeVar("_Result")
 
@@ -189,6 +189,22 @@ class SeveralDevices:
             raise failure("transfer_cache_async", LLMStatusCode.LLM_FEATURE_NOT_ENABLED, reason)
 
         return self._transfers.start(transfer, synchronize_layer, push_layer, source)
+
+    def publish_blocks(self, cache_id: int, blocks: list[int], lease_s: float | None = None) -> bytes:
+        """Raise LLM_FEATURE_NOT_ENABLED: blocks are sealed in processes with one device."""
+        raise self._only_one("publish_blocks")
+
+    def retire_blocks(self, token: bytes) -> None:
+        """Raise as `publish_blocks`."""
+        raise self._only_one("retire_blocks")
+
+    def retire_expired(self, cache_id: int) -> list[int]:
+        """Raise as `publish_blocks`."""
+        raise self._only_one("retire_expired")
+
+    def _only_one(self, call: str) -> LLMException:
+        reason = f"this process drives {len(self._engines)} devices, the call needs a process with one"
+        return failure(call, LLMStatusCode.LLM_FEATURE_NOT_ENABLED, reason)
 
     def copy_cache(
         self, dst_cache_id: int, src_cache_id: int, dst_slot: int, src_slot: int, offset: int, size: int
