@@ -3,7 +3,20 @@
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ["_segment", "_pool", "_copy", "_local", "_local_copies", "_directory", "_core", "_pull", "_push", "_dlpack"]
+MODULES = [
+    "_segment",
+    "_pool",
+    "_copy",
+    "_channel",
+    "_local",
+    "_local_copies",
+    "_directory",
+    "_core",
+    "_pull",
+    "_push",
+    "_data_server",
+    "_dlpack",
+]
 
 extensions = [
     Extension(

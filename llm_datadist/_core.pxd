@@ -27,6 +27,7 @@ cdef enum:
     RECORD_WORDS = 7          # pulled-tensor words inside a LedgerRecord
     TENSORS_PER_WORD = 48     # the upper 16 bits of such a word tell the generation
     OVERFLOW_BYTES = 1 << 24
+    MAX_CHANNELS = 4          # to one peer: transfers over them that may run at the same time
     TABLE_BYTES = 1 << 26     # pages are taken as tables are written
 
 cdef enum Kind:
@@ -190,11 +191,14 @@ cdef class PeerMemory:
     cdef int _pid                         # of the peer; 0 = its private memory is out of reach
     cdef int _pidfd                       # readable when the peer has ended; -1 = none
     cdef uint64_t _threads                # that one copy may use
+    cdef uint64_t _channels[MAX_CHANNELS]  # descriptors of free data channels + 1; 0 = none, or in use
+    cdef uint64_t _num_channels           # in use or free
     cdef uint64_t _peer_dead
     cdef uint64_t _closing
     cdef uint64_t _running                # transfers inside this object
 
     cdef int _close_pidfd(self) except -1
+    cdef int _close_channels(self) except -1
     cdef Outcome _enter(self) noexcept nogil
     cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil
     cdef Outcome _why_stopped(self) noexcept nogil
@@ -211,7 +215,12 @@ cdef class PeerMemory:
     cdef Outcome _addresses(
         self, const DirectoryEntry *entry, uint64_t first, uint64_t count, uint64_t *out
     ) noexcept nogil
-    cdef Outcome _carry(self, Plan *plan, bint private, bint writing, const Gate *gate) noexcept nogil
+    cdef Outcome _carry(self, Plan *plan, const Found *found, bint writing, const Gate *gate) noexcept nogil
+    cdef Outcome _carry_by_channel(
+        self, Plan *plan, const Found *found, bint writing, const Gate *gate
+    ) noexcept nogil
+    cdef int _take_channel(self, const Gate *gate) noexcept nogil
+    cdef void _keep_channel(self, int descriptor) noexcept nogil
     cdef bint _peer_has_ended(self) noexcept nogil
     cdef bint _is_sealed(
         self, const DirectoryEntry *entry, const Seal *seal, const uint64_t *blocks, uint64_t count

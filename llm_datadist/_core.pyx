@@ -15,6 +15,7 @@ from llm_datadist._atomics cimport (
     compare_exchange, exchange, fence_acquire, fence_full, fetch_add, fetch_and, fetch_sub, load_acquire, load_relaxed,
     lowest_bit, monotonic_ns, relax, store_release,
 )
+from llm_datadist._channel cimport ask
 from llm_datadist._copy cimport (
     COPIED, COPY_DENIED, COPY_FAULT, COPY_NO_PROCESS, COPY_TIMED_OUT, IN_PROCESS, READ_PROCESS, WRITE_PROCESS,
     CopyOutcome, Gate, Plan, Run, execute, execute_shared, stopped,
@@ -22,6 +23,7 @@ from llm_datadist._copy cimport (
 from llm_datadist._segment cimport Segment
 
 cdef extern from "unistd.h" nogil:
+    int close(int descriptor)
     int usleep(unsigned microseconds)
 
 cdef extern from "poll.h" nogil:
@@ -31,6 +33,10 @@ cdef extern from "poll.h" nogil:
         short revents
     int poll(pollfd *descriptors, unsigned long count, int timeout_ms)
     short POLLIN
+
+
+cdef enum:
+    CHANNEL_NS = 100000000    # for the first channel of a new link, or one in place of one that broke
 
 
 class TransferFault(Exception):
@@ -112,6 +118,7 @@ cdef class PeerMemory:
 
     def __dealloc__(self):
         self._close_pidfd()
+        self._close_channels()
 
     cdef int _close_pidfd(self) except -1:
         if self._pidfd >= 0:
@@ -121,15 +128,18 @@ cdef class PeerMemory:
 
     # ---- private memory
 
-    def reach_process(self, int pid, int pidfd):
+    def watch_process(self, int pidfd):
+        """Take over a descriptor of the peer's process, which tells when it has ended; -1 = none is to be had."""
+        self._close_pidfd()
+        self._pidfd = pidfd
+
+    def reach_process(self, int pid):
         """Try to read memory of the peer's process through the kernel, and go that way from now on if it may be done.
 
         Parameters
         ----------
         pid : int
             The process, as this one sees it; > 0.
-        pidfd : int
-            Descriptor of the same process, which the object owns from now on; -1 = none.
 
         Returns
         -------
@@ -144,12 +154,38 @@ cdef class PeerMemory:
         cdef Plan plan = Plan(
             sources=&source, targets=&target, tensors=1, runs=&run, num_runs=1, carrier=READ_PROCESS, pid=pid
         )
-        self._close_pidfd()
-        self._pidfd = pidfd
         if execute(&plan, &gate) != COPIED or self._peer_has_ended():
             return False
         self._pid = pid
         return True
+
+    @property
+    def channels(self) -> int:
+        """Data channels that transfers can use, for the case that the kernel denies access to private memory."""
+        return load_acquire(&self._num_channels)
+
+    def add_channel(self, int descriptor):
+        """Take over a stream socket whose other end the data server of the peer serves.
+
+        Raises
+        ------
+        ValueError
+            There are four already; the caller keeps the socket.
+        """
+        if fetch_add(&self._num_channels, 1) >= MAX_CHANNELS:
+            fetch_sub(&self._num_channels, 1)
+            raise ValueError(f"{MAX_CHANNELS} data channels exist, no more are used")
+        self._keep_channel(descriptor)
+
+    cdef int _close_channels(self) except -1:
+        cdef uint64_t taken
+        cdef int i
+        for i in range(MAX_CHANNELS):
+            taken = exchange(&self._channels[i], 0)
+            if taken != 0:
+                fetch_sub(&self._num_channels, 1)
+                os.close(taken - 1)
+        return 0
 
     cdef bint _peer_has_ended(self) noexcept nogil:
         cdef pollfd watched
@@ -209,6 +245,7 @@ cdef class PeerMemory:
             if segment is not None:
                 segment.close()
         self._close_pidfd()
+        self._close_channels()
 
     # ---- transfers
 
@@ -367,17 +404,19 @@ cdef class PeerMemory:
 
     # ---- bytes
 
-    cdef Outcome _carry(self, Plan *plan, bint private, bint writing, const Gate *gate) noexcept nogil:
+    cdef Outcome _carry(self, Plan *plan, const Found *found, bint writing, const Gate *gate) noexcept nogil:
         """Move the bytes of a plan; they count only if the link was whole until the end.
 
-        With `private` the remote side of the plan has addresses of the peer's process. `writing` says which side it is.
+        The remote side of the plan, its targets when `writing`, lies in the claimed cache `found`; if that is private,
+        it has addresses of the peer's process.
         """
+        cdef bint private = found.entry.flags & PRIVATE != 0
         cdef CopyOutcome copied
         plan.carrier = IN_PROCESS
         plan.pid = self._pid
         if private:
             if self._pid == 0:
-                return MEMORY_DENIED
+                return self._carry_by_channel(plan, found, writing, gate)
             plan.carrier = WRITE_PROCESS if writing else READ_PROCESS
         elif writing and not self._pool.writable:
             return TARGET_READ_ONLY
@@ -393,6 +432,51 @@ cdef class PeerMemory:
         if copied == COPY_DENIED:
             return MEMORY_DENIED
         return DONE if copied == COPIED else MEMORY_FAULT
+
+    cdef Outcome _carry_by_channel(
+        self, Plan *plan, const Found *found, bint writing, const Gate *gate
+    ) noexcept nogil:
+        """Have the data server of the peer move the bytes."""
+        cdef bint whole = True
+        cdef Outcome outcome
+        cdef int descriptor = self._take_channel(gate)
+        if descriptor < 0:
+            if stopped(gate):
+                return self._why_stopped()
+            return MEMORY_DENIED if load_acquire(&self._num_channels) == 0 else TIMED_OUT
+        outcome = <Outcome>ask(descriptor, plan, writing, found.index, found.entry.generation, gate, &whole)
+        if whole:
+            self._keep_channel(descriptor)
+        else:
+            close(descriptor)
+            fetch_sub(&self._num_channels, 1)
+        fence_full()
+        if stopped(gate):
+            return self._why_stopped()
+        if outcome == PEER_DEAD and not self._peer_has_ended():
+            return MEMORY_FAULT  # the server closes the stream when it comes to memory that is not there
+        return outcome
+
+    cdef int _take_channel(self, const Gate *gate) noexcept nogil:
+        """Take a free channel, waiting for one that is in use or about to be opened; -1 if there is none."""
+        cdef uint64_t give_up = monotonic_ns() + CHANNEL_NS
+        cdef uint64_t taken, now
+        cdef int i
+        while True:
+            for i in range(MAX_CHANNELS):
+                taken = exchange(&self._channels[i], 0) if load_acquire(&self._channels[i]) != 0 else 0
+                if taken != 0:
+                    return <int>(taken - 1)
+            now = monotonic_ns()
+            if stopped(gate) or now > gate.deadline_ns or now > give_up and load_acquire(&self._num_channels) == 0:
+                return -1
+            usleep(20)
+
+    cdef void _keep_channel(self, int descriptor) noexcept nogil:
+        cdef int i
+        for i in range(MAX_CHANNELS):
+            if compare_exchange(&self._channels[i], 0, <uint64_t>descriptor + 1):
+                return
 
     # ---- claims
 

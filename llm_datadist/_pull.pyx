@@ -11,7 +11,7 @@ from llm_datadist._atomics cimport compare_exchange, fence_full, fetch_or, fetch
 from llm_datadist._copy cimport Plan, Run, join_run
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._core cimport (
-    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, NO_MEMORY, ORDINARY_KEY, PREFIX_KEY, PRIVATE, REGISTERED,
+    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, NO_MEMORY, ORDINARY_KEY, PREFIX_KEY, REGISTERED,
     SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_RANGE, SOURCE_TENSORS, STALE_BLOCKS, TENSORS_PER_WORD, TENSOR_COUNT,
     DirectoryEntry, Found, Outcome, PeerMemory, generation_tag, pulled_words, read_token,
 )
@@ -226,7 +226,7 @@ cdef class PeerSource(PeerMemory):
             plan.tensors = tensors
             plan.runs = runs
             plan.num_runs = num_runs
-            outcome = self._carry(&plan, entry.flags & PRIVATE != 0, False, &pull.gate)
+            outcome = self._carry(&plan, &pull.found, False, &pull.gate)
         if addresses != few:
             free(addresses)
         target.unpin()

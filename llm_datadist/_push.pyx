@@ -134,7 +134,7 @@ cdef class PeerTarget(PeerSource):
                     if outcome == DONE:
                         outcome = self._move(
                             &wanted, source, pairs, 0 if pairs is not None else remote_slot * found.entry.stride,
-                            plan, plan + tensors, tensors, 0, found.entry.flags & PRIVATE != 0, &gate,
+                            plan, plan + tensors, tensors, 0, &found, &gate,
                         )
                     self._drop_hazard(found.hazard)
                 fetch_sub(&self._running, 1)
@@ -147,13 +147,14 @@ cdef class PeerTarget(PeerSource):
     ) noexcept nogil:
         """Translate the target addresses, claim the caches that they lie in, and copy.
 
-        The plan has room for the source addresses, then come the target addresses, then room for a word about each.
+        The plan has room for the source addresses, then come the target addresses, then room for a word about each:
+        which of the claims it lies in.
         """
         cdef Found claims[HAZARDS]
         cdef uint64_t claimed = 0
         cdef uint64_t tensors = wanted.tensors
         cdef uint64_t *targets = plan + tensors
-        cdef uint64_t *private = plan + 2 * tensors
+        cdef uint64_t *claim_of = plan + 2 * tensors
         cdef uint64_t needed = wanted.block
         cdef uint64_t i, first
         cdef Outcome outcome = DONE
@@ -162,16 +163,16 @@ cdef class PeerTarget(PeerSource):
                 return TARGET_ADDRESS
             needed = (pairs.max_target + 1) * wanted.block
         for i in range(tensors):
-            outcome = self._resolve(&targets[i], needed, claims, &claimed, &private[i], gate)
+            outcome = self._resolve(&targets[i], needed, claims, &claimed, &claim_of[i], gate)
             if outcome != DONE:
                 break
         first = 0
         while outcome == DONE and first < tensors:
             i = first + 1
-            while i < tensors and private[i] == private[first]:
+            while i < tensors and claim_of[i] == claim_of[first]:
                 i += 1
             outcome = self._move(
-                wanted, source, pairs, 0, plan, targets + first, i - first, first, private[first] != 0, gate
+                wanted, source, pairs, 0, plan, targets + first, i - first, first, &claims[claim_of[first]], gate
             )
             first = i
         for i in range(claimed):
@@ -180,9 +181,9 @@ cdef class PeerTarget(PeerSource):
 
     cdef Outcome _move(
         self, const Source *wanted, LocalCache source, BlockPairs pairs, uint64_t target_base, uint64_t *sources,
-        const uint64_t *targets, uint64_t tensors, uint64_t skip, bint private, const Gate *gate,
+        const uint64_t *targets, uint64_t tensors, uint64_t skip, const Found *found, const Gate *gate,
     ) noexcept nogil:
-        """Copy to tensors that are claimed; `skip` tensors of the source come before them."""
+        """Copy to tensors of a cache that is claimed; `skip` tensors of the source come before them."""
         cdef uint64_t used = 0
         cdef uint64_t i
         cdef Plan plan
@@ -208,7 +209,7 @@ cdef class PeerTarget(PeerSource):
             plan.tensors = tensors
             plan.runs = runs
             plan.num_runs = used
-            outcome = self._carry(&plan, private, True, gate)
+            outcome = self._carry(&plan, found, True, gate)
             source.unpin()
         free(runs)
         return outcome
@@ -216,7 +217,7 @@ cdef class PeerTarget(PeerSource):
     # ---- addresses of the peer
 
     cdef Outcome _resolve(
-        self, uint64_t *address, uint64_t needed, Found *claims, uint64_t *claimed, uint64_t *private, const Gate *gate
+        self, uint64_t *address, uint64_t needed, Found *claims, uint64_t *claimed, uint64_t *claim, const Gate *gate
     ) noexcept nogil:
         """Claim the cache that an address of the peer lies in, and turn it into one of the mapped pool if it is there.
         """
@@ -226,7 +227,8 @@ cdef class PeerTarget(PeerSource):
         cdef Outcome outcome
         for i in range(claimed[0]):
             if self._holds(&claims[i].entry, address[0], needed):
-                return self._translate(&claims[i].entry, address, needed, private)
+                claim[0] = i
+                return self._translate(&claims[i].entry, address, needed)
         if claimed[0] == HAZARDS:
             return NO_MEMORY
         if high_water > self._num_entries:
@@ -242,17 +244,17 @@ cdef class PeerTarget(PeerSource):
                     continue  # deallocated in this moment
                 if outcome == DONE:
                     self._last_found = found.index
+                    claim[0] = claimed[0]
                     claimed[0] += 1
-                    outcome = self._translate(&found.entry, address, needed, private)
+                    outcome = self._translate(&found.entry, address, needed)
                 return outcome
         return TARGET_ADDRESS
 
     cdef Outcome _translate(
-        self, const DirectoryEntry *entry, uint64_t *address, uint64_t needed, uint64_t *private
+        self, const DirectoryEntry *entry, uint64_t *address, uint64_t needed
     ) noexcept nogil:
         cdef uint64_t offset
-        private[0] = entry.flags & PRIVATE
-        if not private[0]:
+        if not entry.flags & PRIVATE:
             offset = address[0] - self._header.pool_address
             if offset > self._pool.size or needed > self._pool.size - offset:
                 return TARGET_ADDRESS

@@ -29,9 +29,12 @@ from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, Tr
 from llm_datadist.engine.transfers import Transfers
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMException, LLMStatusCode
+from llm_datadist.transports.data_service import DataService
+from llm_datadist.transports.private_memory import let_peers_in
 from llm_datadist.transports.rendezvous import host_identity
 from llm_datadist.transports.shared_memory import SharedMemoryGrant
 
+_SERVICE_SECONDS = 5.0  # for the threads of the data server, which end with their sockets
 DEFAULT_POOL_BYTES = 1 << 30  # when ge.flowGraphMemMaxSize is not given; pages are taken only as caches need them
 
 
@@ -67,6 +70,10 @@ class Engine(Transfers):
         except BaseException:
             self._caches.close()
             raise
+        self._service: DataService | None = None
+        if options.cache_manager is not None:
+            let_peers_in()
+            self._service = DataService(self._caches.device.segment, self._caches.directory, self._caches.lock)
         self._copies = LocalCopies(self._caches, self._timeout_ms, self._codes.timeout)
         cache_manager = options.cache_manager
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity(), cache_manager is not None)
@@ -95,7 +102,8 @@ class Engine(Transfers):
         self._loop.stop()
         self._listener.close()
         self._links.close()
-        if self._copies.close():
+        served = self._service is None or self._service.close(_SERVICE_SECONDS)
+        if self._copies.close() and served:
             self._caches.close()
 
     # ---- caches
@@ -355,7 +363,13 @@ class Engine(Transfers):
 
     def _grant(self, peer_writes: bool) -> SharedMemoryGrant:
         caches = self._caches
-        return SharedMemoryGrant(caches.device.segment, caches.directory, caches.lock, peer_writes=peer_writes)
+        return SharedMemoryGrant(
+            caches.device.segment,
+            caches.directory,
+            caches.lock,
+            peer_writes=peer_writes or self._service is not None,
+            service=self._service,
+        )
 
     def _require_open(self, call: str) -> None:
         if not self.is_open or os.getpid() != self._pid:

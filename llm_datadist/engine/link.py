@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import time
 from concurrent.futures import Future
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from llm_datadist.engine.link_state import LinkEvent, LinkState, LinkStatus
 from llm_datadist.transports.base import End, Grant
+
+_log = logging.getLogger("llm_datadist.link")
 
 _CLOSE_SECONDS = 1.0  # a running copy looks up at least every millisecond
 
@@ -113,6 +116,15 @@ class Link:
     def busy(self) -> bool:
         """Whether a transfer in either direction uses the link right now."""
         return self.end.busy or self.grant.busy
+
+    def open_channel(self) -> None:
+        """See to it that transfers reach registered memory of the peer."""
+        if self.state is not LinkState.LINKED:
+            return
+        try:
+            self.end.open_channel(self.connection)
+        except (OSError, ValueError) as error:
+            _log.warning("no data channel to cluster %d: %s", self.cluster_id, error)
 
     def lose_peer(self) -> None:
         """Take in that the peer is gone: running transfers fail at once, its claims no longer hold memory."""

@@ -38,6 +38,8 @@ class LinkDescription(NamedTuple):
         Whether this process opened the link.
     communicator : int or None
         Id of the communicator that the link belongs to; None if it was made by ``link_clusters``.
+    private_memory : str or None
+        The way to memory that the peer's program has registered: ``process_vm`` or ``data_server``; None in KV mode.
     """
 
     cluster_id: int
@@ -45,6 +47,7 @@ class LinkDescription(NamedTuple):
     transport: str
     client: bool
     communicator: int | None = None
+    private_memory: str | None = None
 
 
 class LinkTable:
@@ -119,7 +122,14 @@ class LinkTable:
         """List every link, also broken ones."""
         with self._lock:
             return [
-                LinkDescription(link.cluster_id, link.state.name, link.end.name, link.opened_here, link.communicator)
+                LinkDescription(
+                    link.cluster_id,
+                    link.state.name,
+                    link.end.name,
+                    link.opened_here,
+                    link.communicator,
+                    link.end.private_memory,
+                )
                 for links in self._links.values()
                 for link in links
             ]
@@ -145,6 +155,12 @@ class LinkTable:
             if link.state is LinkState.LINKED:
                 return link
         return links[-1]
+
+    def mend(self, cluster_id: int) -> None:
+        """After a transfer that failed: see to it that the links to a cluster have what the next one needs."""
+        with self._lock:
+            for link in self._links.get(cluster_id, ()):
+                link.open_channel()
 
     # ---- links that this process opens and closes
 
@@ -406,6 +422,7 @@ class LinkTable:
     def _watch(self, link: Link) -> None:
         connection = link.connection
         self._loop.watch(connection, lambda: self._on_readable(link, connection))
+        self._loop.call(link.open_channel)  # later: what is said in the handshake comes before
 
     def _watch_if_open(self, link: Link) -> None:
         with self._lock:
@@ -415,13 +432,15 @@ class LinkTable:
 
     def _on_readable(self, link: Link, connection: socket.socket) -> None:
         try:
-            words = connection.recv(64)
+            words, descriptors, _, _ = socket.recv_fds(connection, 64, 4, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError as error:
             _log.debug("connection of cluster %d: %s", link.cluster_id, error)
-            words = b""
+            words, descriptors = b"", []
         if words:
+            for descriptor in descriptors:  # data channels, which is all that comes with one
+                link.grant.serve(descriptor)
             for word in (rendezvous.UNLINK, rendezvous.BUSY, rendezvous.GONE):
                 if word in words:
                     self._on_word(link, word)

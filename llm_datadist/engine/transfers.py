@@ -97,6 +97,7 @@ class Transfers(ABC):
                 time.monotonic_ns() + self._timeout_ns,
             )
         except TransferFault as fault:
+            self._links.mend(cluster_id)
             raise self._failures.of_pull(call, cluster_id, _key_text(key), cache, fault) from None
 
     def pull_blocks(
@@ -153,6 +154,7 @@ class Transfers(ABC):
                 time.monotonic_ns() + self._timeout_ns,
             )
         except TransferFault as fault:
+            self._links.mend(cluster_id)
             raise self._failures.of_pull(call, cluster_id, _key_text(key), cache, fault) from None
         except ValueError as error:
             raise invalid(call, str(error)) from None
@@ -263,6 +265,7 @@ class Transfers(ABC):
         try:
             end.push(cache, first, addresses, src_slot or 0, pairs, cut or 0, deadline_ns)
         except TransferFault as fault:
+            self._links.mend(cluster_id)
             raise self._failures.of_push(call, cluster_id, "an address", cache, fault) from None
 
     def _push_to_key(
@@ -302,6 +305,7 @@ class Transfers(ABC):
                 time.monotonic_ns() + self._timeout_ns,
             )
         except TransferFault as fault:
+            self._links.mend(cluster_id)
             raise self._failures.of_push(call, cluster_id, _key_text(key), cache, fault) from None
 
     def _find(self, call: str, cache_id: int) -> LocalCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Protocol
 
 from llm_datadist._local import BlockPairs, LocalCache
@@ -22,6 +23,13 @@ class End(Protocol):
     @property
     def dead(self) -> bool:
         """Whether the peer was found dead."""
+
+    @property
+    def private_memory(self) -> str | None:
+        """The way to registered memory of the peer; None if the link has none."""
+
+    def open_channel(self, connection: socket.socket) -> None:
+        """See to it that transfers have what they need of the peer to reach its registered memory."""
 
     def mark_dead(self) -> None:
         """Let running and later transfers fail at once: the peer is gone."""
@@ -106,6 +114,9 @@ class Grant(Protocol):
     """The other end of a link: what this process lets one peer do to its caches."""
 
     name: str
+
+    def serve(self, descriptor: int) -> None:
+        """Serve a stream that the peer has opened to registered memory; takes over the descriptor."""
 
     @property
     def busy(self) -> bool:

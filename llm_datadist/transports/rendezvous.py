@@ -17,6 +17,7 @@ TOKEN_BYTES = 16
 GRANTED = b"G"  # server: its descriptors come with this byte
 MAPPED = b"M"  # client: everything is mapped and checked; its own descriptors come with this byte
 LINKED = b"L"  # server: everything is mapped and checked, the link is in its table
+CHANNEL = b"D"  # either, at any time after that: a stream socket comes with it, for the data server of the other
 CROSSED = b"X"  # server, instead of LINKED: this process is linking to the client itself, and its link comes first
 
 # One byte each, at any time later, on the connection of a link in cache-manager mode.

@@ -14,19 +14,33 @@ import threading
 from llm_datadist._directory import Claims, Directory
 from llm_datadist._push import PeerTarget
 from llm_datadist._segment import Segment
-from llm_datadist.transports import rendezvous
+from llm_datadist.transports import private_memory, rendezvous
+from llm_datadist.transports.data_service import DataService
 
 NAME = "shared_memory"
 NUM_DESCRIPTORS = 4
-
-PROCESS_VM = "process_vm"  # process_vm_readv(2) and process_vm_writev(2)
 
 
 class SharedMemoryEnd(PeerTarget):
     """One end of a link: pulls out of the peer's pool, and pushes into it if it is mapped writable."""
 
     name = NAME
-    private_memory: str | None = None  # how registered memory of the peer is reached
+    private_memory: str | None = None  # the way to registered memory of the peer; None in KV mode, which has none
+
+    def open_channel(self, connection: socket.socket) -> None:
+        """See to it that there is a data channel, if private memory of the peer is reached through its data server.
+
+        Raises
+        ------
+        OSError
+            The peer is gone, or no socket can be made.
+        """
+        if self.private_memory != private_memory.DATA_SERVER or self.channels:
+            return
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            rendezvous.send_descriptors(connection, rendezvous.CHANNEL, [theirs.fileno()])
+            self.add_channel(os.dup(ours.fileno()))
 
 
 def attach(descriptors: list[int], *, pool_writable: bool, connection: socket.socket | None = None) -> SharedMemoryEnd:
@@ -55,9 +69,16 @@ def attach(descriptors: list[int], *, pool_writable: bool, connection: socket.so
             os.close(descriptor)
         raise
     if connection is not None:
-        pid, pidfd = rendezvous.open_process(connection)
-        end.private_memory = PROCESS_VM if pid and end.reach_process(pid, pidfd) else None
+        end.private_memory = _way_to_private_memory(end, connection)
     return end
+
+
+def _way_to_private_memory(end: SharedMemoryEnd, connection: socket.socket) -> str:
+    pid, pidfd = rendezvous.open_process(connection)
+    end.watch_process(pidfd)
+    if private_memory.may_use_kernel() and pid and end.reach_process(pid):
+        return private_memory.PROCESS_VM
+    return private_memory.DATA_SERVER
 
 
 class SharedMemoryGrant:
@@ -73,11 +94,23 @@ class SharedMemoryGrant:
         Guards the directory.
     peer_writes : bool
         Whether the peer pushes into the pool; else it gets a descriptor that is open for reading.
+    service : DataService or None
+        Serves the peer's data channels; None where there is no registered memory.
     """
 
     name = NAME
 
-    def __init__(self, pool: Segment, directory: Directory, lock: threading.Lock, *, peer_writes: bool) -> None:
+    def __init__(
+        self,
+        pool: Segment,
+        directory: Directory,
+        lock: threading.Lock,
+        *,
+        peer_writes: bool,
+        service: DataService | None = None,
+    ) -> None:
+        self._service = service
+        self._channels: list[socket.socket] = []
         self._directory = directory
         self._lock = lock
         self._pool = pool
@@ -98,6 +131,15 @@ class SharedMemoryGrant:
         finally:
             os.close(pool)
 
+    def serve(self, descriptor: int) -> None:
+        """Serve a data channel of the peer; takes over the descriptor. In the control thread."""
+        channel = socket.socket(fileno=descriptor)
+        if self._service is None or self._revoked:
+            channel.close()
+            return
+        self._channels.append(channel)
+        self._service.serve(channel)
+
     @property
     def busy(self) -> bool:
         return not self._revoked and self._claims.busy
@@ -108,6 +150,9 @@ class SharedMemoryGrant:
                 return
             self._revoked = True
             self._directory.drop_claims(self._claims)  # and closes them, once the peer touches nothing any more
+        if self._service is not None:
+            for channel in self._channels:
+                self._service.stop(channel)
 
 
 def _reopen_for_reading(descriptor: int) -> int:

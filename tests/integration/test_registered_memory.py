@@ -10,6 +10,7 @@ import pytest
 
 from llm_datadist import LLMStatusCode
 from llm_datadist.engine.keys import KeyKind, KeyName
+from llm_datadist.transports import private_memory
 from tests import registering_engines as reg
 from tests.datadist_member import payload
 from tests.processes import Member
@@ -45,8 +46,17 @@ class Two(NamedTuple):
         return [data[at : at + SHAPE[1]] for at in range(0, len(data), SHAPE[1])]
 
 
+@pytest.fixture(params=[private_memory.PROCESS_VM, private_memory.DATA_SERVER])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How private memory is reached; the processes of a test inherit it."""
+    monkeypatch.setenv(private_memory.VARIABLE, request.param)
+    return str(request.param)
+
+
 @pytest.fixture
-def two(members: Callable[[str], Member], free_port: Callable[[], int], request: pytest.FixtureRequest) -> Two:
+def two(
+    way: str, members: Callable[[str], Member], free_port: Callable[[], int], request: pytest.FixtureRequest
+) -> Two:
     options: dict[str, Any] = getattr(request, "param", {})
     owner, peer, port = members("owner"), members("peer"), free_port()
     owner.call(reg.open_engine, ONE, port, **{**POOL, **options})
@@ -206,7 +216,8 @@ def test_pushes_that_do_not_fit(two: Two) -> None:
 # ---- life of the memory
 
 
-def test_a_stopped_owner_is_pulled_from_and_pushed_to(two: Two) -> None:
+@pytest.mark.parametrize("way", [private_memory.PROCESS_VM], indirect=True)
+def test_a_stopped_owner_is_pulled_from_and_pushed_to(two: Two, way: str) -> None:
     theirs = two.owner.call(reg.register, 2, SHAPE, 1, (), 0)
     mine = two.peer.call(reg.register, 2, SHAPE)
     two.owner.stop()
@@ -252,7 +263,9 @@ def test_unregister_waits_for_pulls_and_ends_them(two: Two) -> None:
     assert call.result() is NOT_EXIST
 
 
-def test_unregister_does_not_wait_for_ever_for_a_stopped_peer(members: Any, free_port: Callable[[], int]) -> None:
+def test_unregister_does_not_wait_for_ever_for_a_stopped_peer(
+    way: str, members: Any, free_port: Callable[[], int]
+) -> None:
     """A peer that is stopped in the middle of a transfer may write when it goes on: the memory is not given back."""
     owner, peer, port = members("owner"), members("peer"), free_port()
     owner.call(reg.open_engine, ONE, port, 300)
@@ -315,3 +328,56 @@ def test_two_pools(two: Two) -> None:
     assert two.owner.call(reg.do, "allocate", 1, (1 << 19) + 1, 1) is no_room
     two.owner.call(reg.do, "deallocate", host)
     assert two.owner.call(reg.do, "allocate", 1, 1 << 18, 1, (), None, 0, True) is not no_room
+
+
+# ---- the ways to private memory
+
+
+def test_the_way_is_in_the_description_of_the_link(two: Two, way: str) -> None:
+    for member in two:
+        (link,) = member.call(reg.do, "describe_links")
+        assert (link.transport, link.private_memory) == ("shared_memory", way)
+
+
+@pytest.mark.parametrize("way", [private_memory.DATA_SERVER], indirect=True)
+@pytest.mark.parametrize("call", ["pull_blocks", "push_blocks"])
+def test_a_stopped_data_server_costs_no_more_than_the_timeout(
+    way: str, members: Callable[[str], Member], free_port: Callable[[], int], call: str
+) -> None:
+    owner, peer, port = members("owner"), members("peer"), free_port()
+    owner.call(reg.open_engine, ONE, port)
+    peer.call(reg.open_engine, TWO, None, 300)
+    assert peer.call(reg.link, ONE, port) == (OK, [OK])
+    large = (64, 1 << 16)
+    theirs = owner.call(reg.register, 2, large, 1, (), 0)
+    mine = peer.call(reg.register, 2, large, 2)
+    blocks = list(range(64))
+    move = (call, ONE, BLOCKS, mine, blocks, blocks, None, None)
+    assert peer.call(reg.outcome, *move) is OK
+    for _ in range(3):
+        owner.stop()
+        started = time.monotonic()
+        assert peer.call(reg.outcome, *move) is TIMEOUT
+        assert time.monotonic() - started < 1.3
+        owner.cont()
+        assert peer.call(reg.outcome, *move) is OK  # the link is as good as before
+    assert owner.call(reg.read, theirs, 1) == peer.call(reg.read, mine, 1)
+
+
+@pytest.mark.parametrize("way", [private_memory.DATA_SERVER], indirect=True)
+def test_several_transfers_over_the_data_server_at_the_same_time(two: Two, way: str) -> None:
+    two.owner.call(reg.register, 3, SHAPE, 1, (), 0)
+    targets = [two.peer.call(reg.register, 3, SHAPE) for _ in range(6)]
+    calls = [
+        two.peer.start(reg.outcome, "pull_blocks", ONE, BLOCKS, target, [0, 5], [1, 2], None, None)
+        for target in targets
+    ]
+    assert [call.result() for call in calls] == [OK] * 6
+    for target in targets:
+        assert two.blocks_at_peer(target, 2)[1:3] == [block(1, 2, 0), block(1, 2, 5)]
+
+
+def test_an_unknown_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(private_memory.VARIABLE, "telepathy")
+    with pytest.raises(ValueError, match="is 'telepathy', should be 'process_vm' or 'data_server'"):
+        private_memory.may_use_kernel()

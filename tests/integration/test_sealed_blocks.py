@@ -26,10 +26,11 @@ from tests.integration.test_registered_memory import (
     Two,
     block,
     two,
+    way,
 )
 from tests.processes import Member
 
-__all__ = ["two"]
+__all__ = ["two", "way"]
 
 
 def publish(pair: Two, cache_id: int, blocks: list[int], lease_s: float | None = None) -> bytes:
