@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from llm_datadist import (
     BlocksCacheKey,
+    Cache,
     CacheDesc,
     CacheKey,
     CacheKeyByIdAndIndex,
@@ -36,7 +37,9 @@ from llm_datadist.cluster.local import LocalGroup, LocalWorker
 from llm_datadist.configs import trans_str_ip
 from llm_datadist.data_type import dtype_to_np_dtype, get_python_dtype_from_wrapper_dtype, np_dtype_to_dtype
 from llm_datadist.introspection import describe_links, pool_statistics
+from llm_datadist.pool_tensors import PoolTensor, allocate_tensor
 from llm_datadist.status import code_2_status, handle_llm_status, raise_if_false, raise_if_true
+from llm_datadist.v2.cache_manager import CacheManager
 from llm_datadist.views import dlpack_view, tensor_view
 
 Answer = tuple[LLMStatusCode, list[LLMStatusCode]]
@@ -132,6 +135,11 @@ def pull(manager: KvCacheManager, cache: KvCache) -> None:
         tensor_num_per_layer=2,
     )
     manager.pull_blocks(blocks, cache, [0, 1], [2, 3], src_layer_range=range(1))
+    token: bytes = manager.publish_blocks(cache, [0, 1], lease_s=30)
+    manager.pull_blocks(blocks, cache, [0, 1], [2, 3], token=token)
+    manager.retire_blocks(token)
+    expired: list[int] = manager.retire_expired(cache)
+    assert not expired
 
 
 def copy(manager: KvCacheManager, cache: KvCache, other: KvCache, addresses: list[int]) -> npt.NDArray[np.float16]:
@@ -165,6 +173,91 @@ def transfer(manager: KvCacheManager, cache: KvCache, addresses: list[int]) -> l
     )
     code: LLMStatusCode = task.synchronize(1000)
     return [code, *task.get_results(timeout_in_millis=1000)]
+
+
+def configure_cache_manager() -> dict[str, str]:
+    config = LLMConfig()
+    config.enable_cache_manager = True
+    config.enable_remote_cache_accessible = True
+    config.mem_pool_cfg = '{"memory_size": 1048576, "page_shift": 16}'
+    config.host_mem_pool_cfg = '{"memory_size": 1048576}'
+    config.rdma_traffic_class = 132
+    config.rdma_service_level = 4
+    config.local_comm_res = ""
+    config.link_total_time = 60
+    config.link_retry_count = 2
+    config.transfer_backend = "hixl"
+    config.global_resource_config = "{}"
+    return config.generate_options()
+
+
+def hold(manager: CacheManager, datadist: LLMDataDist) -> list[Cache]:
+    request, _, blocks_key = name()
+    desc, host = describe()
+    tensor: PoolTensor = allocate_tensor(datadist, (8, 1024), DataType.DT_FLOAT16, placement=Placement.HOST)
+    array: npt.NDArray[np.float16] = tensor.numpy()
+    assert array.size
+    assert tensor.__dlpack_device__()
+    assert tensor.shape
+    assert tensor.data_type
+    assert tensor.nbytes
+    addresses = [tensor.address] * 4
+    plain = manager.allocate_cache(desc, [request])
+    blocks = manager.allocate_blocks_cache(cache_desc=desc, blocks_cache_key=blocks_key)
+    registered = manager.register_cache(desc, addresses, (request,), remote_accessible=True)
+    registered_blocks = manager.register_blocks_cache(desc, addrs=addresses, blocks_cache_key=blocks_key)
+    manager.remap_registered_memory([MemInfo(Memtype.MEM_TYPE_DEVICE, addresses[0], desc.size)])
+    manager.remap_registered_memory(MemInfo(Memtype.MEM_TYPE_DEVICE, addresses[0], desc.size))
+    assert plain.cache_desc is desc
+    assert not plain.is_blocks_cache
+    assert plain.tensor_addrs == addresses
+    return [plain, blocks, registered, registered_blocks, Cache.create_cpu_cache(host, addresses)]
+
+
+def move(manager: CacheManager, caches: list[Cache]) -> list[LLMStatusCode | None]:
+    request, slot, blocks_key = name()
+    plain, blocks, registered, _, host = caches
+    manager.pull_cache(slot, plain, batch_index=1, size=64, src_layer_range=range(1), tensor_num_per_layer=2)
+    manager.pull_blocks(blocks_key, blocks, [0], (1,), dst_layer_range=range(1))
+    manager.pull_blocks(src_cache_key=request, dst_cache=blocks, dst_blocks=[1, 2])
+    manager.push_cache(slot, plain, 0, range(1), range(1), size=-1, tensor_num_per_layer=2)
+    manager.push_blocks(blocks_key, blocks, [0], [1], src_layer_range=range(1), dst_layer_range=range(1))
+    manager.copy_cache(plain, registered, dst_batch_index=1, src_batch_index=0, offset=0, size=-1, req_id=7)
+    manager.copy_blocks(blocks, {0: [1, 2]})
+    manager.swap_blocks(src_cache=blocks, dst_cache=host, src_to_dst={0: 1})
+    token: bytes = manager.publish_blocks(blocks, (0, 1))
+    manager.pull_blocks(blocks_key, blocks, [0], [1], token=token)
+    manager.retire_blocks(token)
+    by_key = TransferWithCacheKeyConfig(blocks_key, range(2), range(2))
+    task = manager.transfer_cache_async(blocks, Computed(), [by_key], [0], [1])
+    task = manager.transfer_cache_async(plain, Computed(), (TransferConfig(2, [512] * 4),), None, [1], 2048)
+    view: npt.NDArray[np.float16] = tensor_view(blocks, 1)
+    assert view.size
+    assert dlpack_view(plain)
+    return [task.synchronize(0), *task.get_results()]
+
+
+def let_go(manager: CacheManager, caches: list[Cache]) -> None:
+    plain, blocks, registered, registered_blocks, _ = caches
+    manager.remove_cache_key(name()[0])
+    manager.deallocate_cache(plain)
+    manager.deallocate_blocks_cache(blocks)
+    manager.unregister_cache(registered.cache_id)
+    manager.unregister_cache(cache_id=registered_blocks.cache_id)
+
+
+def run_cache_manager() -> None:
+    datadist = LLMDataDist(LLMRole.MIX, cluster_id=2)
+    datadist.init(configure_cache_manager())
+    manager: CacheManager = datadist.cache_manager
+    comm_id: int = datadist.link(comm_name="pair", cluster_rank_info={1: 0, 2: 1}, rank_table="{}")
+    status: RegisterMemStatus = datadist.query_register_mem_status(comm_id)
+    if status is RegisterMemStatus.OK:
+        caches = hold(manager, datadist)
+        move(manager, caches)
+        let_go(manager, caches)
+    datadist.unlink(comm_id)
+    datadist.finalize()
 
 
 def judge(error: LLMException) -> LLMStatusCode:
