@@ -68,10 +68,9 @@ class RecordingEngine:
         addresses: list[int],
         keys: Any = (),
         blocks_model: int | None = None,
-        host: bool = False,
         accessible: bool = True,
     ) -> int:
-        self._note("register", num_tensors, tensor_nbytes, slots, addresses, list(keys), blocks_model, host, accessible)
+        self._note("register", num_tensors, tensor_nbytes, slots, addresses, list(keys), blocks_model, accessible)
         return self._hold()
 
     def unregister(self, cache_id: int) -> None:
