@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from llm_datadist.engine.communicator import MemberStatus
 from llm_datadist.engine.engine import Engine
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link_calls import LinkResult
 from llm_datadist.engine.options import CacheManagerOptions, EngineOptions
 from llm_datadist.roles import LLMRole
+from llm_datadist.status import LLMException
 from tests.many_engines import HOST, POOL_BYTES, address_of
 from tests.processes import Member
 
@@ -24,14 +28,20 @@ LINKED = "LINKED"
 BROKEN = "BROKEN"
 
 
-def make_engine(cluster_id: int, port: int | None = None, role: LLMRole = LLMRole.MIX, **options: Any) -> Engine:
-    sizes = {"device_pool_bytes": POOL_BYTES, **options}
+def make_engine(
+    cluster_id: int,
+    port: int | None = None,
+    role: LLMRole = LLMRole.MIX,
+    pool_bytes: int = POOL_BYTES,
+    **options: Any,
+) -> Engine:
+    sizes = {"device_pool_bytes": pool_bytes, **options}
     return Engine(
         EngineOptions(
             role,
             cluster_id,
             listen=((HOST, port),) if port is not None else (),
-            pool_bytes=POOL_BYTES,
+            pool_bytes=pool_bytes,
             cache_manager=CacheManagerOptions(**sizes),
         )
     )
@@ -106,3 +116,102 @@ def assert_pulls(member: Member, owner: Member, cluster_id: int, req_id: int) ->
     fill = req_id % 251
     owner.call(offer, req_id, fill)
     assert member.call(pull, cluster_id, req_id) == bytes([fill]) * TENSOR_BYTES
+
+
+# ---- transfers that go on and on
+
+LONG_BYTES = 16 << 20
+LONG_POOL_BYTES = 4 * LONG_BYTES
+_LONG_KEY: KeyName = (int(KeyKind.PREFIX), 1, 0)
+
+
+def offer_long(state: State) -> None:
+    """Offer something that takes a while to pull."""
+    state["engine"].allocate(1, LONG_BYTES, 1, [_LONG_KEY])
+
+
+def pull_until_told(state: State, cluster_id: int) -> None:
+    """Pull in three threads until `stop_pulling`, also while there is no link for a moment."""
+    engine = state["engine"]
+    stop = state["stop"] = threading.Event()
+
+    def pull_on(_: int) -> None:
+        cache_id, _ = engine.allocate(1, LONG_BYTES, 1)
+        while not stop.is_set():
+            with contextlib.suppress(LLMException):
+                engine.pull_cache(cluster_id, _LONG_KEY, cache_id, 0, -1, None, None, 0, 0, False)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(pull_on, range(3)))
+
+
+def stop_pulling(state: State) -> None:
+    state["stop"].set()
+
+
+def until_busy(take_down: Callable[[], Any], busy: Any, link_again: Callable[[], Any]) -> None:
+    """Try to take a link down until a pull is in the way; a try between two pulls succeeds."""
+    deadline = time.monotonic() + 20
+    while (found := take_down()) != busy:
+        assert time.monotonic() < deadline, f"never busy, the last answer is {found}"
+        link_again()
+
+
+# ---- communicators
+
+
+def rank_table(ranks: int, **fields: Any) -> str:
+    """A table with a device of one server for each rank."""
+    devices = [{"device_id": str(rank), "rank_id": str(rank)} for rank in range(ranks)]
+    return json.dumps(
+        {
+            "version": "1.0",
+            "status": "completed",
+            "server_count": "1",
+            "server_list": [{"server_id": HOST, "device": devices}],
+            **fields,
+        }
+    )
+
+
+def join(state: State, name: str, members: dict[int, int], table: str | None = None) -> int:
+    text = rank_table(len(members)) if table is None else table
+    return state["engine"].link_members(name, members, text)
+
+
+def join_from_threads(state: State, communicators: Sequence[tuple[str, dict[int, int]]]) -> dict[str, int]:
+    """Join many communicators, in the given order, from several threads; gives the id of each."""
+    with ThreadPoolExecutor(4) as threads:
+        ids = list(threads.map(lambda one: join(state, *one), communicators))
+    return {name: communicator for (name, _), communicator in zip(communicators, ids)}
+
+
+def status(state: State, communicator: int) -> MemberStatus:
+    return MemberStatus(state["engine"].member_status(communicator))
+
+
+def wait_for_status(state: State, communicator: int, seconds: float = 10.0) -> tuple[MemberStatus, float]:
+    """Wait until a communicator is not preparing any more; gives its status and how long that took."""
+    started = time.monotonic()
+    while (found := status(state, communicator)) is MemberStatus.PREPARING:
+        assert time.monotonic() - started < seconds, "still preparing"
+        time.sleep(0.002)
+    return found, time.monotonic() - started
+
+
+def leave(state: State, communicator: int) -> None:
+    state["engine"].unlink_members(communicator)
+
+
+def member_links(state: State) -> list[tuple[int, str, int | None]]:
+    found = [(link.cluster_id, link.state, link.communicator) for link in state["engine"].describe_links()]
+    return sorted(found, key=str)
+
+
+def joined(communicator: dict[int, Member], name: str) -> dict[int, int]:
+    """Have every member join one communicator, rank by the order of the ids, and wait until it is complete."""
+    ranks = {cluster_id: rank for rank, cluster_id in enumerate(communicator)}
+    ids = {cluster_id: member.call(join, name, ranks) for cluster_id, member in communicator.items()}
+    for cluster_id, member in communicator.items():
+        assert member.call(wait_for_status, ids[cluster_id])[0] is MemberStatus.OK
+    return ids

@@ -21,8 +21,9 @@ from llm_datadist.engine.link_client import LinkClient
 from llm_datadist.engine.link_listener import LinkListener
 from llm_datadist.engine.link_table import LinkDescription, LinkTable
 from llm_datadist.engine.local_copies import LocalCopies
+from llm_datadist.engine.members import Members
 from llm_datadist.engine.mode_codes import CACHE_MANAGER_MODE, KV_MODE
-from llm_datadist.engine.options import EngineOptions
+from llm_datadist.engine.options import CacheManagerOptions, EngineOptions
 from llm_datadist.engine.peer_link_calls import PeerLinkCalls
 from llm_datadist.engine.transfer_failures import TransferFailures
 from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
@@ -81,6 +82,8 @@ class Engine(Transfers):
         client = LinkClient(self._loop.context, identity, self._grant)
         self._calls = LinkCalls(self._links, client)
         self._peer_calls = PeerLinkCalls(self._links, client, identity, cache_manager) if cache_manager else None
+        members_options = cache_manager or CacheManagerOptions()
+        self._members = Members(self._loop, identity, self._grant, self._links, members_options)
         self._listener = LinkListener(self._loop, identity, self._grant, self._links)
         self._may_switch = options.enable_switch_role
         self._may_move = cache_manager is None or not cache_manager.has_backend
@@ -101,6 +104,7 @@ class Engine(Transfers):
         self._jobs.close(self._timeout_s)  # no push takes longer
         self._loop.stop()
         self._listener.close()
+        self._members.close()
         self._links.close()
         served = self._service is None or self._service.close(_SERVICE_SECONDS)
         if self._copies.close() and served:
@@ -355,6 +359,26 @@ class Engine(Transfers):
         if self.role is not LLMRole.DECODER:
             raise invalid(call, f"[{call}] is not supported by {self.role}")
         self._calls.check(remote_cluster_id, self._timeout_ms)
+
+    def link_members(self, name: str, members: dict[int, int], rank_table: str) -> int:
+        """Join a communicator of clusters and their ranks; gives its id at once. See `Members.link`."""
+        self._require_open("link")
+        return self._members.link(name, members, rank_table)
+
+    def member_status(self, communicator: int) -> int:
+        """Tell how far a communicator is: 0 complete, 1 preparing, 2 failed. See `Members.status`."""
+        self._require_open("query_register_mem_status")
+        return int(self._members.status(communicator))
+
+    def unlink_members(self, communicator: int) -> None:
+        """Leave a communicator. See `Members.unlink`."""
+        self._require_open("unlink")
+        self._members.unlink(communicator)
+
+    @property
+    def has_members(self) -> bool:
+        """Whether this process was ever a member of a communicator."""
+        return self._members.were_linked
 
     def describe_links(self) -> list[LinkDescription]:
         """List all links."""

@@ -278,6 +278,29 @@ def test_both_sides_unlink_at_the_same_moment(both: Both) -> None:
         assert a.call(peer.links) == b.call(peer.links) == []
 
 
+def test_a_running_transfer_keeps_the_link(members: Members, free_port: FreePort) -> None:
+    """Seen from both sides: the one that reads, and the one whose memory is read."""
+    a, b, port = members("a"), members("b"), free_port()
+    a.call(peer.open_peer, A, pool_bytes=peer.LONG_POOL_BYTES)
+    b.call(peer.open_peer, B, port, pool_bytes=peer.LONG_POOL_BYTES)
+    b.call(peer.offer_long)
+    assert a.call(peer.link, (B, port)) == GOOD
+    pulls = a.start(peer.pull_until_told, B)
+    for process, target in ((a, (B, port)), (b, (A, 1))):
+        for force in (False, True):
+            peer.until_busy(
+                lambda: process.call(peer.unlink, target, force=force),  # noqa: B023
+                answer(Code.LLM_LINK_BUSY),
+                lambda: a.call(peer.link, (B, port)),
+            )
+            assert a.call(peer.links) == [(B, LINKED)]
+            assert b.call(peer.links) == [(A, LINKED)]
+    a.call(peer.stop_pulling)
+    pulls.result()
+    assert b.call(peer.unlink, (A, 1)) == GOOD
+    assert a.call(peer.links) == []
+
+
 @pytest.mark.parametrize("opener_forces", [True, False])
 def test_a_forced_unlink_cleans_one_side_and_linking_again_replaces_the_rest(both: Both, opener_forces: bool) -> None:
     a, b, a_port, b_port = both
