@@ -10,7 +10,7 @@ takes no part in it and need not even run.
 """
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from libc.errno cimport EFAULT, EPERM, ESRCH, errno
+from libc.errno cimport EPERM, ESRCH, errno
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
@@ -54,7 +54,7 @@ cdef uint64_t STREAM_FROM = 4 << 20
 cdef enum:
     MAX_THREADS = 16          # a few cores fill the memory bus
     SHARE_BYTES = 4 << 20     # a thread with less to copy costs more than it brings
-    VECTORS = 256             # ranges in one call to the kernel, of the 1024 (IOV_MAX) that it takes; more brings nothing
+    VECTORS = 256             # ranges in one call to the kernel, which takes 1024 (IOV_MAX); more brings nothing
 
 
 cdef bint stopped(const Gate *gate) noexcept nogil:

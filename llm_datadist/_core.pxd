@@ -67,8 +67,9 @@ cdef struct DirectoryEntry:   # 128 bytes, two cache lines
     uint64_t slots
     uint64_t slot             # slot that an ordinary or prefix key names
     uint64_t sibling          # index of the next key entry of the same cache + 1; starts at the CACHE_ID entry
-    uint64_t annex            # ORDINARY_KEY: offset of the pulled-tensor words in the ledger
-                              # CACHE_ID and BLOCKS_KEY: offset in the tables of the seals of the blocks + 1, 0 = none
+    # Of an ORDINARY_KEY the offset of the pulled-tensor words in the ledger; of a CACHE_ID or BLOCKS_KEY the offset in
+    # the tables of the seals of the blocks + 1, 0 = none.
+    uint64_t annex
     uint64_t flags            # EntryFlag
 
 cdef struct LedgerHeader:
@@ -221,7 +222,7 @@ cdef class PeerMemory:
     ) noexcept nogil
     cdef int _take_channel(self, const Gate *gate) noexcept nogil
     cdef void _keep_channel(self, int descriptor) noexcept nogil
-    cdef bint _peer_has_ended(self) noexcept nogil
+    cdef bint _peer_has_ended(self, int wait_ms) noexcept nogil
     cdef bint _is_sealed(
         self, const DirectoryEntry *entry, const Seal *seal, const uint64_t *blocks, uint64_t count
     ) noexcept nogil

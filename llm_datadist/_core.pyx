@@ -17,7 +17,7 @@ from llm_datadist._atomics cimport (
 )
 from llm_datadist._channel cimport ask
 from llm_datadist._copy cimport (
-    COPIED, COPY_DENIED, COPY_FAULT, COPY_NO_PROCESS, COPY_TIMED_OUT, IN_PROCESS, READ_PROCESS, WRITE_PROCESS,
+    COPIED, COPY_DENIED, COPY_NO_PROCESS, COPY_TIMED_OUT, IN_PROCESS, READ_PROCESS, WRITE_PROCESS,
     CopyOutcome, Gate, Plan, Run, execute, execute_shared, stopped,
 )
 from llm_datadist._segment cimport Segment
@@ -36,6 +36,7 @@ cdef extern from "poll.h" nogil:
 
 
 cdef enum:
+    ENDING_MS = 50            # between the closed files of a process and its end
     CHANNEL_NS = 100000000    # for the first channel of a new link, or one in place of one that broke
 
 
@@ -154,7 +155,7 @@ cdef class PeerMemory:
         cdef Plan plan = Plan(
             sources=&source, targets=&target, tensors=1, runs=&run, num_runs=1, carrier=READ_PROCESS, pid=pid
         )
-        if execute(&plan, &gate) != COPIED or self._peer_has_ended():
+        if execute(&plan, &gate) != COPIED or self._peer_has_ended(0):
             return False
         self._pid = pid
         return True
@@ -187,14 +188,14 @@ cdef class PeerMemory:
                 os.close(taken - 1)
         return 0
 
-    cdef bint _peer_has_ended(self) noexcept nogil:
+    cdef bint _peer_has_ended(self, int wait_ms) noexcept nogil:
         cdef pollfd watched
         if self._pidfd < 0:
             return load_acquire(&self._peer_dead) != 0
         watched.fd = self._pidfd
         watched.events = POLLIN
         watched.revents = 0
-        return poll(&watched, 1, 0) > 0
+        return poll(&watched, 1, wait_ms) > 0
 
     # ---- life
 
@@ -427,7 +428,7 @@ cdef class PeerMemory:
             return self._why_stopped()
         if copied == COPY_TIMED_OUT:
             return TIMED_OUT
-        if copied == COPY_NO_PROCESS or private and self._peer_has_ended():
+        if copied == COPY_NO_PROCESS or private and self._peer_has_ended(0):
             return PEER_DEAD  # and its number may be that of another process by now
         if copied == COPY_DENIED:
             return MEMORY_DENIED
@@ -453,8 +454,10 @@ cdef class PeerMemory:
         fence_full()
         if stopped(gate):
             return self._why_stopped()
-        if outcome == PEER_DEAD and not self._peer_has_ended():
-            return MEMORY_FAULT  # the server closes the stream when it comes to memory that is not there
+        # The server closes the stream when it comes to memory that is not there. A process that ends closes it too, a
+        # moment before it counts as ended.
+        if outcome == PEER_DEAD and not self._peer_has_ended(ENDING_MS):
+            return MEMORY_FAULT
         return outcome
 
     cdef int _take_channel(self, const Gate *gate) noexcept nogil:

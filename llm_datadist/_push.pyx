@@ -10,7 +10,7 @@ from libc.stdlib cimport free, malloc
 from llm_datadist._atomics cimport fetch_sub, load_acquire, load_relaxed
 from llm_datadist._copy cimport Gate, Plan, Run, join_run
 from llm_datadist._core cimport (
-    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, HAZARDS, HIDDEN, KEY_UNKNOWN, NO_MEMORY, PRIVATE, SCATTERED,
+    BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, HAZARDS, HIDDEN, KEY_UNKNOWN, NO_MEMORY, PRIVATE, SCATTERED,
     SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS, TARGET_ADDRESS, TARGET_BLOCK, TARGET_RANGE, TARGET_TENSORS,
     DirectoryEntry, Found, Outcome,
 )

@@ -72,7 +72,7 @@ def join(connection: socket.socket, place: Place, hello: MemberHello, make_grant
     if (answer.cluster_id, answer.rank) != (place.cluster_id, place.rank):
         raise MessageError(f"cluster {answer.cluster_id} answers as rank {answer.rank}")
     granted = yield from _descriptors(connection, rendezvous.GRANTED)
-    end = shared_memory.attach(granted, pool_writable=True)
+    end = shared_memory.attach(granted, pool_writable=True, connection=connection)
     grant = None
     try:
         grant = make_grant(True)
@@ -103,7 +103,7 @@ def accept(
     try:
         grant.send(connection, rendezvous.GRANTED)
         granted = yield from _descriptors(connection, rendezvous.MAPPED)
-        end = shared_memory.attach(granted, pool_writable=True)
+        end = shared_memory.attach(granted, pool_writable=True, connection=connection)
     except BaseException:
         grant.revoke()
         raise
