@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CacheTask:
-    """Handle of a transfer in the background; made by `KvCacheManager.transfer_cache_async`.
+    """Handle of a transfer in the background; made by ``transfer_cache_async``.
 
     Both methods may be called again and again, from several threads. The transfer goes on if nobody holds the handle.
 
@@ -36,8 +36,8 @@ class CacheTask:
         Returns
         -------
         LLMStatusCode
-            LLM_WAIT_PROCESS_TIMEOUT: still running, and it goes on. Else the first result, in the order of the configs,
-            that is a failure; LLM_SUCCESS if there is none.
+            LLM_WAIT_PROCESS_TIMEOUT, of a `CacheManager` LLM_TIMEOUT: still running, and it goes on. Else the first
+            result, in the order of the configs, that is a failure; LLM_SUCCESS if there is none.
 
         Raises
         ------
@@ -60,7 +60,8 @@ class CacheTask:
         -------
         list of LLMStatusCode or None
             One entry a config, in order. None: the transfer ended before it came to a result for this config. Still
-            running: LLM_WAIT_PROCESS_TIMEOUT for every config, also for those that have all their layers.
+            running: LLM_WAIT_PROCESS_TIMEOUT, of a `CacheManager` LLM_TIMEOUT, for every config, also for those that
+            have all their layers.
 
         Raises
         ------

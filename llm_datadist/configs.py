@@ -157,7 +157,10 @@ class LlmConfig:
 
     @property
     def listen_ip_info(self) -> str:
-        """Address that a PROMPT listens on: ``"ip:port"``; one for each device, joined by ``;``."""
+        """Address that a PROMPT listens on: ``"ip:port"``; one for each device, joined by ``;``.
+
+        In cache-manager mode any role may listen, at one address.
+        """
         return self._listen_ip_info or ""
 
     @listen_ip_info.setter
@@ -232,7 +235,7 @@ class LlmConfig:
 
     @property
     def enable_remote_cache_accessible(self) -> bool:
-        """Whether peers may read and write caches without the part of their owner."""
+        """Whether peers may push into caches, and reach only those that were made accessible; cache-manager mode."""
         return bool(self._enable_remote_cache_accessible)
 
     @enable_remote_cache_accessible.setter
@@ -242,7 +245,10 @@ class LlmConfig:
 
     @property
     def mem_pool_cfg(self) -> str:
-        """Pool of device memory in JSON: ``{"memory_size": N, "page_shift": P}``."""
+        """Pool of device memory in JSON: ``{"memory_size": N, "page_shift": P}``; cache-manager mode.
+
+        N bytes, in units of ``2**P``; P in [10, 31), by default 16.
+        """
         return self._mem_pool_cfg or ""
 
     @mem_pool_cfg.setter
@@ -252,7 +258,7 @@ class LlmConfig:
 
     @property
     def host_mem_pool_cfg(self) -> str:
-        """Pool of host memory, in the form of `mem_pool_cfg`."""
+        """Pool of host memory, in the form of `mem_pool_cfg`, at most 20 GiB; cache-manager mode."""
         return self._host_mem_pool_cfg or ""
 
     @host_mem_pool_cfg.setter
@@ -262,7 +268,7 @@ class LlmConfig:
 
     @property
     def rdma_traffic_class(self) -> int | None:
-        """Traffic class of RDMA, uint32."""
+        """Traffic class of RDMA, uint32; no effect on a host."""
         return self._rdma_traffic_class
 
     @rdma_traffic_class.setter
@@ -271,7 +277,7 @@ class LlmConfig:
 
     @property
     def rdma_service_level(self) -> int | None:
-        """Service level of RDMA, uint32."""
+        """Service level of RDMA, uint32; no effect on a host."""
         return self._rdma_service_level
 
     @rdma_service_level.setter
@@ -280,7 +286,10 @@ class LlmConfig:
 
     @property
     def local_comm_res(self) -> str:
-        """Communication resources of the process, a rank table in JSON; ``""`` lets the library find them."""
+        """Communication resources of the process, a rank table in JSON; ``""`` lets the library find them.
+
+        Once it is set, also to ``""``, the instance is in cache-manager mode with remote access, unless those are set.
+        """
         return self._local_comm_res or ""
 
     @local_comm_res.setter
@@ -308,7 +317,7 @@ class LlmConfig:
 
     @property
     def transfer_backend(self) -> str:
-        """Name of the backend that moves bytes."""
+        """Name of the backend that moves bytes: ``"hixl"``, or ``""`` for none; cache-manager mode."""
         return self._transfer_backend or ""
 
     @transfer_backend.setter
@@ -318,7 +327,7 @@ class LlmConfig:
 
     @property
     def global_resource_config(self) -> str:
-        """Configuration of the backend in JSON."""
+        """Configuration of the backend in JSON; no effect on a host."""
         return self._global_resource_config or ""
 
     @global_resource_config.setter

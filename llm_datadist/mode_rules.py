@@ -54,18 +54,5 @@ class ModeRules(NamedTuple):
             )
 
     def listen_after_switch(self, wanted: Listen) -> Listen:
-        """Tell where an instance in cache-manager mode listens after a switch of its role.
-
-        Raises
-        ------
-        LLMException
-            LLM_FEATURE_NOT_ENABLED: a backend keeps the address that it was started with.
-        """
-        if not self.has_backend:
-            return wanted
-        if wanted not in (None, self.listen):
-            raise LLMException(
-                f"llm.listenIpInfo is {wanted}, but with {TRANSFER_BACKEND} it stays {self.listen}",
-                status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-            )
-        return self.listen
+        """Tell where an instance in cache-manager mode listens after a switch of its role: a backend goes on to."""
+        return self.listen if wanted is None and self.has_backend else wanted
