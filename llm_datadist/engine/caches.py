@@ -92,6 +92,7 @@ class CacheTable:
         self._key_of_entry: dict[int, KeyName] = {}
         self._retired: list[_Held] = []
         self._dropped: deque[int] = deque()  # ids given up by destructors
+        self._released: deque[int] = deque()  # offsets of memory of the program given up by destructors
         self._last_id = 0
 
     # ---- holders
@@ -224,10 +225,13 @@ class CacheTable:
                 raise failure("reserve_memory", self._codes.out_of_memory, str(error)) from error
             return self.device.address + offset
 
-    def release(self, address: int) -> None:
-        """Take back what `reserve` gave; caches that were registered in it must be unregistered before."""
-        with self.lock:
-            self._pool.free(address - self.device.address)
+    def release_later(self, address: int) -> None:
+        """Take back what `reserve` gave; caches that were registered in it must be unregistered before.
+
+        From a destructor, as `deallocate_later`.
+        """
+        self._released.append(address - self.device.address)
+        self._settle_if_free()
 
     # ---- seals
 
@@ -262,6 +266,9 @@ class CacheTable:
     def deallocate_later(self, cache_id: int) -> None:
         """Give up an id from a destructor: at once if the lock is free, else with the next operation."""
         self._dropped.append(cache_id)
+        self._settle_if_free()
+
+    def _settle_if_free(self) -> None:
         # A destructor may run anywhere, also in the thread that holds the lock.
         if self.lock.acquire(blocking=False):
             try:
@@ -378,6 +385,8 @@ class CacheTable:
         """Take in what happened without this table: destructors, consumed keys, ended transfers."""
         while self._dropped:
             self._give_up_id(self._dropped.popleft())
+        while self._released:
+            self._pool.free(self._released.popleft())
         if self.directory.has_hints:
             for entry in self.directory.take_consumed():
                 self._unbind(self._key_of_entry[entry])

@@ -244,7 +244,7 @@ class Engine(Transfers):
     def release_memory(self, address: int) -> None:
         """Take back what `reserve_memory` gave; nothing happens once the engine is finalized."""
         if self.is_open and os.getpid() == self._pid:
-            self._caches.release(address)
+            self._caches.release_later(address)
 
     # ---- sealed blocks
 

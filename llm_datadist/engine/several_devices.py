@@ -190,6 +190,10 @@ class SeveralDevices:
 
         return self._transfers.start(transfer, synchronize_layer, push_layer, source)
 
+    def reserve_memory(self, nbytes: int, host: bool = False) -> int:
+        """Raise LLM_FEATURE_NOT_ENABLED: a process with several devices has several pools."""
+        raise self._only_one("reserve_memory")
+
     def publish_blocks(self, cache_id: int, blocks: list[int], lease_s: float | None = None) -> bytes:
         """Raise LLM_FEATURE_NOT_ENABLED: blocks are sealed in processes with one device."""
         raise self._only_one("publish_blocks")
