@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -158,6 +159,11 @@ def until_busy(take_down: Callable[[], Any], busy: Any, link_again: Callable[[],
 
 
 # ---- communicators
+
+
+def own(name: str) -> str:
+    """Make a name of a communicator that no test in another process uses at the same time."""
+    return f"{name} of {os.getpid()}"
 
 
 def rank_table(ranks: int, **fields: Any) -> str:
