@@ -9,7 +9,7 @@ NATIVE := $(wildcard llm_datadist/*.pyx llm_datadist/*.pxd llm_datadist/include/
 SOURCES := llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites setup demo test lint typecheck format conformance docs bench wheel clean
+.PHONY: help prerequisites setup demo test lint typecheck format conformance docs bench bench-peers wheel clean
 
 help:
 	@echo "make demo     a real model answers across two processes (options: make demo ARGS='--mode blocks')"
@@ -18,7 +18,7 @@ help:
 	@echo "make format   rewrite the Python files in the form that make lint asks for"
 	@echo "make docs     the user guide, in build/docs"
 	@echo "make conformance   the tests of the documented interface, line by line, and docs/conformance.md"
-	@echo "make bench    the benchmarks"
+	@echo "make bench    the benchmarks; after make bench-peers with NIXL beside them"
 	@echo "make wheel    wheel and source distribution in dist/"
 	@echo "make setup    .venv with the package (editable) and all that the targets above need"
 	@echo "make clean    remove everything that was built"
@@ -83,6 +83,14 @@ docs: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.registered $(if $(wildcard $(PEERS)),--nixl $(PEERS)) $(ARGS)
+
+# Environments of others, for comparisons. torch comes first, in its CPU build: else the others pull in a CUDA stack.
+PEERS := build/peers/bin/python
+bench-peers:
+	$(PYTHON) -m venv --clear build/peers
+	$(PEERS) -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
+	$(PEERS) -m pip install --quiet --disable-pip-version-check nixl==1.5.1
 
 wheel: setup
 	$(REQUIRE_PACKAGE) build

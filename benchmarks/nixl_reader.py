@@ -13,24 +13,25 @@ import time
 from multiprocessing.connection import Connection
 
 import numpy as np
+import torch
 from nixl._api import nixl_agent, nixl_agent_config
 
 TENSOR_BYTES = 64 << 20
 TENSORS = 2
 
 
-def new_agent(name: str) -> tuple[nixl_agent, list[np.ndarray]]:
+def new_agent(name: str) -> tuple[nixl_agent, list[torch.Tensor]]:
     """Make an agent with the tensors registered."""
     agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
-    tensors = [np.full(TENSOR_BYTES, 7, np.uint8) for _ in range(TENSORS)]
-    agent.register_memory([(tensor.ctypes.data, TENSOR_BYTES, 0, "") for tensor in tensors], "DRAM")
+    tensors = [torch.full((TENSOR_BYTES,), 7, dtype=torch.uint8) for _ in range(TENSORS)]
+    agent.register_memory([(tensor.data_ptr(), TENSOR_BYTES, 0, "") for tensor in tensors], "DRAM")
     return agent, tensors
 
 
 def own(connection: Connection) -> None:
     """Body of the owner: tell where the tensors are, and keep them."""
     agent, tensors = new_agent("owner")
-    connection.send((agent.get_agent_metadata(), [tensor.ctypes.data for tensor in tensors]))
+    connection.send((agent.get_agent_metadata(), [tensor.data_ptr() for tensor in tensors]))
     connection.recv()
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     metadata, addresses = ours.recv()
     agent, tensors = new_agent("reader")
     remote = agent.add_remote_agent(metadata)
-    local = [tensor.ctypes.data for tensor in tensors]
+    local = [tensor.data_ptr() for tensor in tensors]
     for line in sys.stdin:
         print(json.dumps(read(agent, remote, local, addresses, int(line))), flush=True)
     ours.send(None)

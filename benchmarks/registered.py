@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import time
@@ -99,27 +101,35 @@ class Puller:
 
 
 class NixlReader:
-    """The process of `benchmarks.nixl_reader`."""
+    """The processes of `benchmarks.nixl_reader`; they stand still between two reads, since their threads poll."""
 
     def __init__(self, python: str) -> None:
         script = Path(__file__).with_name("nixl_reader.py")
         self._process = subprocess.Popen(
-            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [python, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
 
     def read(self, nbytes: int) -> dict[str, float]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(f"{nbytes}\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("{"):  # the library writes its log there too
+                os.killpg(self._process.pid, signal.SIGSTOP)
                 found: dict[str, float] = json.loads(line)
                 return found
         raise click.ClickException("the process with NIXL ended")
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.close()
         try:
             self._process.wait(20)

@@ -146,7 +146,22 @@ class ControlLoop:
         self._epoll.close()
         self._wake_in.close()
         self._wake_out.close()
-        self.context.term()  # client calls in other threads end with an error now, and close their sockets themselves
+        self._end_context()
+
+    def _end_context(self) -> None:
+        """Terminate the context: client calls in other threads end with an error now, and close their own sockets.
+
+        Termination waits for these sockets, without a deadline of its own.
+        """
+        ending = threading.Thread(target=self.context.term, name="llm_datadist-term", daemon=True)
+        try:
+            ending.start()
+        except RuntimeError:  # the interpreter ends: no client call can be running any more
+            self.context.term()
+            return
+        ending.join(_JOIN_SECONDS)
+        if ending.is_alive():
+            _log.error("a ZeroMQ socket of another thread was not closed within %s s", _JOIN_SECONDS)
 
     # ---- from the control thread
 

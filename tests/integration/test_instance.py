@@ -167,7 +167,7 @@ def test_of_many_threads_one_initialises() -> None:
         ("llm.listenIpInfo", "", LLMStatusCode.LLM_PARAM_INVALID, "llm.listenIpInfo"),
         ("ge.exec.deviceId", "a", LLMStatusCode.LLM_PARAM_INVALID, "ge.exec.deviceId"),
         ("llm.SyncKvCacheWaitTime", "abc", LLMStatusCode.LLM_PARAM_INVALID, "llm.SyncKvCacheWaitTime"),
-        ("llm.EnableCacheManager", "1", LLMStatusCode.LLM_FEATURE_NOT_ENABLED, "llm.EnableCacheManager"),
+        ("llm.TransferBackend", "hixl", LLMStatusCode.LLM_PARAM_INVALID, "llm.EnableCacheManager"),
         ("ge.flowGraphMemMaxSize", "9" * 18, LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY, "cannot reserve"),
         # Nobody has this address.
         ("llm.listenIpInfo", "192.0.2.1:26000", LLMStatusCode.LLM_FAILED, "cannot listen on 192.0.2.1:26000"),
