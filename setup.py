@@ -23,7 +23,7 @@ extensions = [
         f"llm_datadist.{name}",
         [f"llm_datadist/{name}.pyx"],
         include_dirs=["llm_datadist/include"],
-        depends=["llm_datadist/include/atomics.h", "llm_datadist/include/stream_copy.h"],
+        depends=[f"llm_datadist/include/{header}.h" for header in ("atomics", "copy_workers", "stream_copy")],
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
     for name in MODULES

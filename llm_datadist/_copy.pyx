@@ -9,25 +9,24 @@ Memory of another process is read and written through the kernel (process_vm_rea
 takes no part in it and need not even run.
 """
 
+import os
+
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.errno cimport EPERM, ESRCH, errno
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
-from llm_datadist._atomics cimport load_acquire, monotonic_ns
+from llm_datadist._atomics cimport compare_exchange, load_acquire, monotonic_ns, relax, store_release
 
 cdef extern from "stream_copy.h" nogil:
-    void stream_copy(void *target, const void *source, size_t nbytes)
+    void stream_copy(void *target, const void *source, size_t nbytes, const void *next)
     void stream_fence()
 
-cdef extern from "pthread.h" nogil:
-    ctypedef struct pthread_attr_t:
-        pass
-    ctypedef unsigned long pthread_t
-    int pthread_create(
-        pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *) noexcept nogil, void *argument
-    )
-    int pthread_join(pthread_t thread, void **result)
+cdef extern from "copy_workers.h" nogil:
+    void copy_workers_enter()
+    void copy_workers_leave()
+    void copy_workers_run(void (*run)(void *) noexcept nogil, void *work, unsigned helpers)
+    void copy_workers_forget()
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -52,8 +51,8 @@ cdef uint64_t CHUNK = 1 << 20
 cdef uint64_t STREAM_FROM = 4 << 20
 
 cdef enum:
-    MAX_THREADS = 16          # a few cores fill the memory bus
-    SHARE_BYTES = 4 << 20     # a thread with less to copy costs more than it brings
+    SHARE_BYTES = 1 << 20     # waking a parked thread costs 10 us, in which one core copies 200 KiB
+    PIECE = 512 << 10         # what a thread takes at a time
     VECTORS = 256             # ranges in one call to the kernel, which takes 1024 (IOV_MAX); more brings nothing
 
 
@@ -134,28 +133,28 @@ cdef Piece _next_piece(const Plan *plan, Cursor *at, uint64_t most) noexcept nog
 cdef CopyOutcome _execute_part(const Plan *plan, const Gate *gate, uint64_t begin, uint64_t end) noexcept nogil:
     """Copy the bytes from `begin` to `end` of the plan."""
     cdef Cursor at = _start_at(plan, begin, end)
-    cdef bint streaming
+    return _execute_from(plan, gate, &at, end - begin >= STREAM_FROM)
+
+
+cdef CopyOutcome _execute_from(const Plan *plan, const Gate *gate, Cursor *at, bint streaming) noexcept nogil:
     cdef CopyOutcome outcome
     if stopped(gate):
         return COPY_STOPPED
     if plan.carrier != IN_PROCESS:
-        return _copy_between_processes(plan, gate, &at)
-    streaming = _bytes_of(plan) >= STREAM_FROM
-    outcome = _copy_in_process(plan, gate, &at, streaming)
-    if streaming:
-        stream_fence()
+        return _copy_between_processes(plan, gate, at)
+    if not streaming:
+        return _copy_through_caches(plan, gate, at)
+    outcome = _copy_past_caches(plan, gate, at)
+    stream_fence()
     return outcome
 
 
-cdef CopyOutcome _copy_in_process(const Plan *plan, const Gate *gate, Cursor *at, bint streaming) noexcept nogil:
+cdef CopyOutcome _copy_through_caches(const Plan *plan, const Gate *gate, Cursor *at) noexcept nogil:
     cdef uint64_t budget = CHUNK
     cdef Piece piece
     while at.left != 0:
         piece = _next_piece(plan, at, budget)
-        if streaming:
-            stream_copy(<void *>piece.target, <const void *>piece.source, piece.nbytes)
-        else:
-            memcpy(<void *>piece.target, <const void *>piece.source, piece.nbytes)
+        memcpy(<void *>piece.target, <const void *>piece.source, piece.nbytes)
         budget -= piece.nbytes
         if budget == 0 and at.left != 0:
             budget = CHUNK
@@ -164,6 +163,28 @@ cdef CopyOutcome _copy_in_process(const Plan *plan, const Gate *gate, Cursor *at
             if monotonic_ns() > gate.deadline_ns:
                 return COPY_TIMED_OUT
     return COPIED
+
+
+cdef CopyOutcome _copy_past_caches(const Plan *plan, const Gate *gate, Cursor *at) noexcept nogil:
+    cdef uint64_t copied = 0
+    cdef Piece piece, next_piece
+    if at.left == 0:
+        return COPIED
+    next_piece = _next_piece(plan, at, CHUNK)
+    while True:
+        piece = next_piece
+        if at.left == 0:
+            stream_copy(<void *>piece.target, <const void *>piece.source, piece.nbytes, <const void *>piece.source)
+            return COPIED
+        next_piece = _next_piece(plan, at, CHUNK)
+        stream_copy(<void *>piece.target, <const void *>piece.source, piece.nbytes, <const void *>next_piece.source)
+        copied += piece.nbytes
+        if copied >= CHUNK:
+            copied = 0
+            if stopped(gate):
+                return COPY_STOPPED
+            if monotonic_ns() > gate.deadline_ns:
+                return COPY_TIMED_OUT
 
 
 cdef CopyOutcome _copy_between_processes(const Plan *plan, const Gate *gate, Cursor *at) noexcept nogil:
@@ -201,61 +222,86 @@ cdef CopyOutcome _copy_between_processes(const Plan *plan, const Gate *gate, Cur
 
 # ---- several threads
 
-cdef struct Share:
+# What the threads of one copy share. A thread takes a piece at a time, so one that comes late, or is held up, costs
+# no more than its piece.
+cdef struct Shared:
     const Plan *plan
     const Gate *gate
-    uint64_t begin
-    uint64_t end
-    CopyOutcome outcome
+    uint64_t lock             # 1: a thread moves `at`
+    Cursor at                 # what no thread has taken
+    uint64_t piece            # bytes
+    bint streaming
+    uint64_t outcome          # of the first piece that did not end well
 
 
 cdef CopyOutcome execute_shared(const Plan *plan, const Gate *gate, uint64_t threads, bint in_order) noexcept nogil:
     """Carry a plan out, in several threads if it is large; with `in_order` the runs of a tensor one after the other."""
-    cdef Share shares[MAX_THREADS]
-    cdef pthread_t handles[MAX_THREADS]
-    cdef bint started[MAX_THREADS]
-    cdef CopyOutcome outcome
+    cdef Shared shared
     cdef uint64_t total = _bytes_of(plan)
-    cdef uint64_t i
-    threads = min(threads, <uint64_t>MAX_THREADS, total // SHARE_BYTES)
+    threads = min(threads, total // SHARE_BYTES)
     if in_order:
         threads = min(threads, plan.tensors)
     if threads < 2:
         return _execute_part(plan, gate, 0, total)
-    for i in range(threads):
-        shares[i].plan = plan
-        shares[i].gate = gate
-        shares[i].begin = _boundary(plan, total, i, threads, in_order)
-        shares[i].end = _boundary(plan, total, i + 1, threads, in_order)
-    for i in range(1, threads):
-        started[i] = pthread_create(&handles[i], NULL, _copy_share, &shares[i]) == 0
-    _copy_share(&shares[0])
-    outcome = shares[0].outcome
-    for i in range(1, threads):
-        if started[i]:
-            pthread_join(handles[i], NULL)
-        else:
-            _copy_share(&shares[i])  # no thread to be had: the copy is only slower
-        if shares[i].outcome != COPIED:
-            outcome = shares[i].outcome
-    return outcome
+    shared.plan = plan
+    shared.gate = gate
+    shared.lock = 0
+    shared.at = _start_at(plan, 0, total)
+    shared.streaming = total >= STREAM_FROM
+    shared.piece = _bytes_of_tensor(plan) if in_order else PIECE
+    shared.outcome = COPIED
+    copy_workers_run(_copy_pieces, &shared, <unsigned>(threads - 1))
+    return <CopyOutcome>load_acquire(&shared.outcome)
 
 
-cdef uint64_t _boundary(
-    const Plan *plan, uint64_t total, uint64_t i, uint64_t threads, bint in_order
-) noexcept nogil:
-    """Where share i begins: between two tensors if order counts, else anywhere, but not inside of a cache line."""
-    if i == threads:
-        return total
-    if in_order:
-        return _bytes_of_tensor(plan) * (plan.tensors * i // threads)
-    return total // threads * i // 64 * 64
+cdef void _copy_pieces(void *argument) noexcept nogil:
+    """Body of each thread of a copy: take pieces until none is left, or one did not end well."""
+    cdef Shared *shared = <Shared *>argument
+    cdef Cursor piece
+    cdef CopyOutcome outcome
+    while load_acquire(&shared.outcome) == COPIED and _take_piece(shared, &piece):
+        outcome = _execute_from(shared.plan, shared.gate, &piece, shared.streaming)
+        if outcome == COPIED and monotonic_ns() > shared.gate.deadline_ns and shared.at.left != 0:
+            outcome = COPY_TIMED_OUT
+        if outcome != COPIED:
+            compare_exchange(&shared.outcome, COPIED, outcome)
 
 
-cdef void *_copy_share(void *argument) noexcept nogil:
-    cdef Share *share = <Share *>argument
-    share.outcome = _execute_part(share.plan, share.gate, share.begin, share.end)
-    return NULL
+cdef bint _take_piece(Shared *shared, Cursor *piece) noexcept nogil:
+    """Take the next piece; False if nothing is left."""
+    cdef bint found
+    while not compare_exchange(&shared.lock, 0, 1):
+        relax()
+    found = shared.at.left != 0
+    if found:
+        piece[0] = shared.at
+        piece.left = min(shared.at.left, shared.piece)
+        _skip(shared.plan, &shared.at, piece.left)
+    store_release(&shared.lock, 0)
+    return found
+
+
+cdef void _skip(const Plan *plan, Cursor *at, uint64_t nbytes) noexcept nogil:
+    while nbytes != 0:
+        nbytes -= _next_piece(plan, at, nbytes).nbytes
+
+
+def enter_workers():
+    """Let large copies of this process use threads, which stay parked between them, until `leave_workers`."""
+    copy_workers_enter()
+
+
+def leave_workers():
+    """Take one `enter_workers` back; with the last one the threads end. No copy of the caller may be running."""
+    with nogil:
+        copy_workers_leave()
+
+
+def _forget_threads():
+    copy_workers_forget()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 cdef uint64_t join_run(Run *runs, uint64_t num_runs, uint64_t source, uint64_t target, uint64_t nbytes) noexcept nogil:
@@ -328,7 +374,9 @@ def copy_runs(
         plan.pid = pid
         gate = Gate(deadline_ns=deadline_ns, peer_dead=NULL, revoked=NULL, closing=NULL)
         with nogil:
+            copy_workers_enter()
             outcome = execute_shared(&plan, &gate, threads, False)
+            copy_workers_leave()
         return <int>outcome
     finally:
         PyMem_Free(addresses)

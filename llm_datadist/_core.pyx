@@ -69,8 +69,6 @@ cdef class PeerMemory:
         The directory is mapped read-only; the pool writable where this process may push into it.
     ledger, claims : Segment
         Mapped writable.
-    threads : int
-        Threads that one copy may use, the caller's included.
 
     Raises
     ------
@@ -83,8 +81,7 @@ cdef class PeerMemory:
         self._pidfd = -1
 
     def __init__(
-        self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None,
-        uint64_t threads=1,
+        self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None
     ):
         cdef const DirectoryHeader *header = <const DirectoryHeader *>directory.base
         if directory.size < HEADER_BYTES or header.magic != directory_magic() or header.version != LAYOUT_VERSION:
@@ -115,7 +112,7 @@ cdef class PeerMemory:
         self._leaves = <uint64_t *>(ledger.base + leaves_offset())
         self._records = <LedgerRecord *>(ledger.base + records_offset())
         self._claim = <ClaimPage *>claims.base
-        self._threads = threads
+        self._threads = 1
 
     def __dealloc__(self):
         self._close_pidfd()
@@ -126,6 +123,10 @@ cdef class PeerMemory:
             descriptor, self._pidfd = self._pidfd, -1
             os.close(descriptor)
         return 0
+
+    def use_threads(self, uint64_t threads):
+        """Let one copy use so many threads, the caller's included."""
+        self._threads = threads
 
     # ---- private memory
 

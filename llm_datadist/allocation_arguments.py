@@ -46,6 +46,8 @@ def key_names(cache_keys: Sequence[CacheKey], slots: int, unique: bool = False) 
     """
     if len(cache_keys) > slots:
         raise InvalidArgument(f"{len(cache_keys)} cache_keys for {slots} slots, should be at most one for each slot")
+    if not cache_keys:
+        return []
     names = [None if key._is_placeholder else key._name for key in cache_keys]
     if unique:
         given: set[KeyName] = set()

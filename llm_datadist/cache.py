@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llm_datadist.arguments import check_isinstance
@@ -25,7 +26,7 @@ class Cache(CacheHandle):
         Id of the cache, int64.
     cache_desc : CacheDesc
         What was allocated or registered.
-    tensor_addrs : list of int
+    tensor_addrs : list of int or range
         Address of each tensor.
     cache_manager : CacheManager or None
         Manager that gave the handle; None for memory that it does not know.
@@ -41,20 +42,23 @@ class Cache(CacheHandle):
         self,
         cache_id: int,
         cache_desc: CacheDesc,
-        tensor_addrs: list[int],
+        tensor_addrs: Sequence[int],
         cache_manager: CacheManagerAccess | None,
         is_registered: bool,
         is_blocks_cache: bool,
     ) -> None:
         super().__init__(cache_id, cache_desc, cache_manager)
-        self._tensor_addrs = tensor_addrs
+        self._given_addrs = tensor_addrs
         self._is_registered = is_registered
         self._is_blocks_cache = is_blocks_cache
 
     @property
     def tensor_addrs(self) -> list[int]:
         """Addresses in this process, one a tensor; ``[]`` after deallocation."""
-        return self._tensor_addrs
+        addrs = self._given_addrs
+        if type(addrs) is not list:  # as in KvCache
+            self._given_addrs = addrs = list(addrs)
+        return addrs
 
     @property
     def is_blocks_cache(self) -> bool:
@@ -101,14 +105,14 @@ class Cache(CacheHandle):
         return cls(CPU_CACHE_ID, cache_desc, addrs, None, is_registered=False, is_blocks_cache=True)
 
     def _addresses(self) -> list[list[int]]:
-        return [self._tensor_addrs] if self._tensor_addrs else []
+        return [self.tensor_addrs] if self._given_addrs else []
 
     def _mark_deallocated(self) -> None:
         self._held = False
-        self._tensor_addrs = []
+        self._given_addrs = []
 
     def __repr__(self) -> str:
         return (
-            f"Cache(cache_id = {self._cache_id}, device_tensor_addrs = {len(self._tensor_addrs)},"
+            f"Cache(cache_id = {self._cache_id}, device_tensor_addrs = {len(self._given_addrs)},"
             f" is_blocks_cache = {self._is_blocks_cache})"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llm_datadist.arguments import check_isinstance
@@ -24,7 +25,7 @@ class KvCache(CacheHandle):
         Id of the cache, int64.
     cache_desc : CacheDesc
         What was allocated.
-    per_device_tensor_addrs : list of list of int
+    per_device_tensor_addrs : list of (list of int or range)
         Addresses of the tensors on each device.
     kv_cache_manager : KvCacheManager or None
         Manager that allocated the cache; None for memory of the caller.
@@ -36,16 +37,19 @@ class KvCache(CacheHandle):
         self,
         cache_id: int,
         cache_desc: CacheDesc,
-        per_device_tensor_addrs: list[list[int]],
+        per_device_tensor_addrs: Sequence[Sequence[int]],
         kv_cache_manager: KvCacheManager | None,
     ) -> None:
-        self._per_device_tensor_addrs = per_device_tensor_addrs
+        self._given_addrs = per_device_tensor_addrs
         super().__init__(cache_id, cache_desc, kv_cache_manager)
 
     @property
     def per_device_tensor_addrs(self) -> list[list[int]]:
         """Addresses in this process, one list a device and one address a tensor; ``[]`` after deallocation."""
-        return self._per_device_tensor_addrs
+        addrs = self._given_addrs
+        if addrs and type(addrs[0]) is range:  # lists are made for those who look: an allocation need not wait for them
+            self._given_addrs = addrs = [list(of_device) for of_device in addrs]
+        return addrs  # type: ignore[return-value]
 
     @classmethod
     def create_cpu_cache(cls, cache_desc: CacheDesc, addrs: list[int] | list[list[int]]) -> KvCache:
@@ -95,14 +99,14 @@ class KvCache(CacheHandle):
         return cls(CPU_CACHE_ID, cache_desc, addrs if nested else [addrs], None)  # type: ignore[arg-type, list-item]
 
     def _addresses(self) -> list[list[int]]:
-        return self._per_device_tensor_addrs
+        return self.per_device_tensor_addrs
 
     def _mark_deallocated(self) -> None:
         self._held = False
-        self._per_device_tensor_addrs = []
+        self._given_addrs = []
 
     def __repr__(self) -> str:
-        return f"KvCache(cache_id = {self._cache_id}, num_devices = {len(self._per_device_tensor_addrs)})"
+        return f"KvCache(cache_id = {self._cache_id}, num_devices = {len(self._given_addrs)})"
 
     def __del__(self) -> None:
         manager = self._manager

@@ -155,7 +155,7 @@ class CachePool:
     def allocations(self) -> int:
         return sum(region.pool.allocations for region in self._regions)
 
-    def allocate(self, tensors: int, tensor_nbytes: int, *, on_host: bool = False) -> Extent:
+    def allocate(self, tensors: int, tensor_nbytes: int, on_host: bool = False) -> Extent:
         """Give room to a cache.
 
         Parameters
@@ -175,7 +175,8 @@ class CachePool:
             raise CachePoolExhausted(self._no_region(tensors, tensor_nbytes, on_host), hopeless=True)
         step = region.step_of(tensor_nbytes)
         try:
-            return Extent(region.base + region.pool.allocate(-(-tensors * step // region.page) * region.page), step)
+            nbytes = -(-tensors * step // region.page) * region.page
+            return Extent(region.base + region.pool.allocate(nbytes), step)
         except PoolExhausted as error:
             hopeless = error.wanted > region.pool.capacity
             raise CachePoolExhausted(self._text(region, error), hopeless) from None
@@ -188,7 +189,10 @@ class CachePool:
         ValueError
             No cache begins at `offset`.
         """
-        region = next((region for region in reversed(self._regions) if region.base <= offset), self._regions[0])
+        regions = self._regions
+        region = regions[0]
+        if len(regions) > 1:
+            region = next((part for part in reversed(regions) if part.base <= offset), region)
         try:
             region.pool.free(offset - region.base)
         except ValueError:

@@ -24,6 +24,7 @@ from llm_datadist.engine.sealed_blocks import SealedBlocks
 from llm_datadist.status import LLMException
 
 _RETIRED_POLL_SECONDS = 0.0005
+_BLOCKS = int(KeyKind.BLOCKS)
 
 
 class PoolStatistics(NamedTuple):
@@ -103,10 +104,10 @@ class CacheTable:
         tensor_nbytes: int,
         slots: int,
         keys: dict[KeyName, int],
-        deadline: float,
+        timeout_s: float,
         cache_id: int = 0,
         on_host: bool = False,
-    ) -> tuple[int, list[int]]:
+    ) -> tuple[int, range]:
         """Allocate a cache and bind its keys, all or nothing.
 
         Parameters
@@ -115,8 +116,8 @@ class CacheTable:
             Number of tensors, bytes of each, slots of each; all > 0.
         keys : dict of KeyName to int
             Key and the slot that it names.
-        deadline : float
-            How long to wait for retired memory, on the clock of ``time.monotonic``.
+        timeout_s : float
+            How long to wait for retired memory.
         cache_id : int
             Id of the cache, above all earlier ones; 0 = the next one.
         on_host : bool
@@ -125,7 +126,7 @@ class CacheTable:
         Returns
         -------
         cache_id : int
-        addresses : list of int
+        addresses : range
             One a tensor.
 
         Raises
@@ -135,9 +136,11 @@ class CacheTable:
         """
         with self.lock:
             self._settle()
-            self._require_unbound(keys)
+            for key in keys:
+                if key in self._keys:
+                    raise _key_is_bound(key)
             cache_id = self._last_id = cache_id or self._last_id + 1
-            offset, step = self._take(tensors, tensor_nbytes, deadline, on_host)
+            offset, step = self._take(tensors, tensor_nbytes, timeout_s, on_host)
             first = self.device.address + offset
             local = LocalCache(cache_id, first, step, tensor_nbytes, tensor_nbytes // slots, tensors, slots)
             try:
@@ -146,7 +149,7 @@ class CacheTable:
             except (DirectoryFull, OSError) as error:
                 self._pool.free(offset)
                 raise failure("allocation", self._codes.out_of_memory, str(error)) from error
-        return cache_id, [first + index * step for index in range(tensors)]
+        return cache_id, range(first, first + tensors * step, step)
 
     def register(
         self,
@@ -177,7 +180,9 @@ class CacheTable:
         """
         with self.lock:
             self._settle()
-            self._require_unbound(keys)
+            for key in keys:
+                if key in self._keys:
+                    raise _key_is_bound(key)
             cache_id = self._last_id = self._last_id + 1
             local = LocalCache(cache_id, 0, 0, tensor_nbytes, tensor_nbytes // slots, tensors, slots, addresses)
             try:
@@ -213,11 +218,11 @@ class CacheTable:
 
     # ---- memory of the pool for tensors of the program
 
-    def reserve(self, nbytes: int, deadline: float, on_host: bool) -> int:
+    def reserve(self, nbytes: int, timeout_s: float, on_host: bool) -> int:
         """Give a range of the pool to the program; gives its address. Raises as `allocate` for no room."""
         with self.lock:
             self._settle()
-            offset, _ = self._take(1, nbytes, deadline, on_host)
+            offset, _ = self._take(1, nbytes, timeout_s, on_host)
             try:
                 self.device.prepare(offset, nbytes)
             except OSError as error:
@@ -321,11 +326,6 @@ class CacheTable:
 
     # ---- with the lock held
 
-    def _require_unbound(self, keys: dict[KeyName, int]) -> None:
-        for key in keys:
-            if key in self._keys:
-                raise _key_is_bound(key)
-
     def _publish(
         self,
         local: LocalCache,
@@ -370,12 +370,15 @@ class CacheTable:
         first, end = self.device.address, self.device.address + self.device.capacity
         return all(first <= address and address + nbytes <= end for address in addresses)
 
-    def _take(self, tensors: int, tensor_nbytes: int, deadline: float, on_host: bool) -> Extent:
+    def _take(self, tensors: int, tensor_nbytes: int, timeout_s: float, on_host: bool) -> Extent:
+        give_up: float | None = None
         while True:
             try:
-                return self._pool.allocate(tensors, tensor_nbytes, on_host=on_host)
+                return self._pool.allocate(tensors, tensor_nbytes, on_host)
             except CachePoolExhausted as error:
-                if error.hopeless or not self._retired or time.monotonic() >= deadline:
+                now = time.monotonic()
+                give_up = now + timeout_s if give_up is None else give_up
+                if error.hopeless or not self._retired or now >= give_up:
                     raise failure("allocation", self._codes.out_of_memory, str(error)) from None
             # Peers finish their copies within moments; they take no lock of ours.
             time.sleep(_RETIRED_POLL_SECONDS)
@@ -403,9 +406,10 @@ class CacheTable:
         held = self._held[cache_id]
         held.id_held = False
         self._seals.forget(cache_id)
-        for key in list(held.keys):
-            if key[0] == KeyKind.BLOCKS:  # a blocks key goes with the id
-                self._unbind(key)
+        if held.keys:
+            for key in list(held.keys):
+                if key[0] == _BLOCKS:  # a blocks key goes with the id
+                    self._unbind(key)
         self._free_if_unheld(held)
         return True
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import secrets
 import time
 from collections.abc import Sequence
 
+from llm_datadist._copy import enter_workers, leave_workers
 from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
+from llm_datadist.engine.copy_threads import copy_threads
 from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress, Identity
@@ -25,6 +26,7 @@ from llm_datadist.engine.members import Members
 from llm_datadist.engine.mode_codes import CACHE_MANAGER_MODE, KV_MODE
 from llm_datadist.engine.options import CacheManagerOptions, EngineOptions
 from llm_datadist.engine.peer_link_calls import PeerLinkCalls
+from llm_datadist.engine.process_mark import ProcessMark
 from llm_datadist.engine.transfer_failures import TransferFailures
 from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
 from llm_datadist.engine.transfers import Transfers
@@ -57,7 +59,7 @@ class Engine(Transfers):
     def __init__(self, options: EngineOptions) -> None:
         self.role = options.role
         self.is_open = True
-        self._pid = os.getpid()
+        self._process = ProcessMark.current
         self._codes = KV_MODE if options.cache_manager is None else CACHE_MANAGER_MODE
         self._remote_access = options.cache_manager is not None and options.cache_manager.remote_access
         self._timeout_ms = options.sync_kv_timeout_ms
@@ -65,20 +67,22 @@ class Engine(Transfers):
         self._timeout_ns = options.sync_kv_timeout_ms * 1_000_000
         self._failures = TransferFailures(self._codes, options.sync_kv_timeout_ms)
         self._jobs = TransferJobs(self._codes.timeout)
+        self._copy_threads = copy_threads(options.copy_threads)
         self._caches = _open_caches(options)
         try:
             self._loop = ControlLoop()
         except BaseException:
             self._caches.close()
             raise
+        enter_workers()
         self._service: DataService | None = None
         if options.cache_manager is not None:
             let_peers_in()
             self._service = DataService(self._caches.device.segment, self._caches.directory, self._caches.lock)
-        self._copies = LocalCopies(self._caches, self._timeout_ms, self._codes.timeout)
+        self._copies = LocalCopies(self._caches, self._timeout_ms, self._copy_threads, self._codes.timeout)
         cache_manager = options.cache_manager
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity(), cache_manager is not None)
-        self._links = LinkTable(self._loop, self._caches.forget_peer, identity)
+        self._links = LinkTable(self._loop, self._caches.forget_peer, identity, self._copy_threads)
         client = LinkClient(self._loop.context, identity, self._grant)
         self._calls = LinkCalls(self._links, client)
         self._peer_calls = PeerLinkCalls(self._links, client, identity, cache_manager) if cache_manager else None
@@ -99,7 +103,7 @@ class Engine(Transfers):
         if not self.is_open:
             return
         self.is_open = False
-        if os.getpid() != self._pid:
+        if self._process is not ProcessMark.current:
             return  # a forked child: threads and sockets are the parent's
         self._jobs.close(self._timeout_s)  # no push takes longer
         self._loop.stop()
@@ -109,6 +113,7 @@ class Engine(Transfers):
         served = self._service is None or self._service.close(_SERVICE_SECONDS)
         if self._copies.close() and served:
             self._caches.close()
+            leave_workers()
 
     # ---- caches
 
@@ -121,7 +126,7 @@ class Engine(Transfers):
         blocks_model: int | None = None,
         cache_id: int = 0,
         host: bool = False,
-    ) -> tuple[int, list[list[int]]]:
+    ) -> tuple[int, list[range]]:
         """Allocate a cache and bind its keys, all or nothing.
 
         Parameters
@@ -141,8 +146,8 @@ class Engine(Transfers):
         -------
         cache_id : int
             From 1 on, never used again.
-        addresses : list of list of int
-            One list a device, one address a tensor.
+        addresses : list of range
+            One range a device, one address a tensor.
 
         Raises
         ------
@@ -152,8 +157,9 @@ class Engine(Transfers):
         call = "allocate_cache"
         self._require_open(call)
         bound = _bound(call, keys, slots, blocks_model)
-        deadline = time.monotonic() + self._timeout_s
-        cache_id, addresses = self._caches.allocate(num_tensors, tensor_nbytes, slots, bound, deadline, cache_id, host)
+        cache_id, addresses = self._caches.allocate(
+            num_tensors, tensor_nbytes, slots, bound, self._timeout_s, cache_id, host
+        )
         return cache_id, [addresses]
 
     def register(
@@ -206,7 +212,7 @@ class Engine(Transfers):
 
     def deallocate_later(self, cache_id: int) -> None:
         """Give up an id from a destructor: never blocks, never raises."""
-        if self.is_open and os.getpid() == self._pid:
+        if self.is_open and self._process is ProcessMark.current:
             self._caches.deallocate_later(cache_id)
 
     def remove_key(self, key: KeyName) -> None:
@@ -239,11 +245,11 @@ class Engine(Transfers):
             The mode's code for no memory: no room.
         """
         self._require_open("reserve_memory")
-        return self._caches.reserve(nbytes, time.monotonic() + self._timeout_s, host)
+        return self._caches.reserve(nbytes, self._timeout_s, host)
 
     def release_memory(self, address: int) -> None:
         """Take back what `reserve_memory` gave; nothing happens once the engine is finalized."""
-        if self.is_open and os.getpid() == self._pid:
+        if self.is_open and self._process is ProcessMark.current:
             self._caches.release_later(address)
 
     # ---- sealed blocks
@@ -396,7 +402,7 @@ class Engine(Transfers):
         )
 
     def _require_open(self, call: str) -> None:
-        if not self.is_open or os.getpid() != self._pid:
+        if not self.is_open or self._process is not ProcessMark.current:
             reason = "the engine is finalized" if not self.is_open else "the engine belongs to the process that forked"
             raise failure(call, LLMStatusCode.LLM_FAILED, reason)
 
@@ -430,7 +436,7 @@ def _bound(call: str, keys: Sequence[KeyName | None], slots: int, blocks_model: 
     """Say which keys a new cache is bound to, and the slot that each names."""
     if len(keys) > slots:
         raise invalid(call, f"{len(keys)} cache_keys for {slots} slots, at most one key a slot")
-    bound = slots_of_keys(keys)
+    bound = slots_of_keys(keys) if keys else {}
     if blocks_model is not None:
         bound[(int(KeyKind.BLOCKS), 0, blocks_model)] = 0
     return bound

@@ -64,10 +64,15 @@ class LinkTable:
         Called, without a lock, after a grant was revoked: memory and keys of that peer can be picked up.
     identity : Identity
         Of this process.
+    copy_threads : int
+        Threads that one transfer may use.
     """
 
-    def __init__(self, loop: ControlLoop, on_peer_gone: Callable[[], None], identity: Identity) -> None:
+    def __init__(
+        self, loop: ControlLoop, on_peer_gone: Callable[[], None], identity: Identity, copy_threads: int = 1
+    ) -> None:
         self._loop = loop
+        self._copy_threads = copy_threads
         self._on_peer_gone = on_peer_gone
         self._identity = identity
         self._links: dict[int, tuple[Link, ...]] = {}  # of each cluster, the newest last
@@ -392,6 +397,7 @@ class LinkTable:
         return MAX_LINKS - whole - len(self._opening)
 
     def _insert(self, link: Link) -> None:
+        link.end.use_threads(self._copy_threads)
         self._links[link.cluster_id] = (*self._links.get(link.cluster_id, ()), link)
         self._changed.notify_all()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
@@ -28,16 +27,20 @@ class LocalCopies:
         Caches of the engine.
     timeout_ms : int
         How long one call may take, the time in the queue included.
+    threads : int
+        Threads that one copy may use.
     timeout_code : LLMStatusCode
         What a call ends with that takes longer.
     """
 
-    def __init__(self, table: CacheTable, timeout_ms: int, timeout_code: LLMStatusCode = KV_MODE.timeout) -> None:
+    def __init__(
+        self, table: CacheTable, timeout_ms: int, threads: int = 1, timeout_code: LLMStatusCode = KV_MODE.timeout
+    ) -> None:
         self._timeout_code = timeout_code
         self._table = table
         self._timeout_ms = timeout_ms
         self._queue = threading.Lock()
-        self._copier = LocalCopier(len(os.sched_getaffinity(0)))
+        self._copier = LocalCopier(threads)
 
     def close(self) -> bool:
         """End running copies with an error; False if one does not end, whose memory must then stay mapped."""

@@ -76,6 +76,8 @@ class EngineOptions:
         Whether the role may change later.
     buf_pool_classes : tuple of SizeClass
         Size classes of the pool; empty = a general pool.
+    copy_threads : int or None
+        Threads that one copy may use; None = see `llm_datadist.engine.copy_threads`.
     cache_manager : CacheManagerOptions or None
         What belongs to the cache-manager mode; None in KV mode. With it `pool_bytes` and `buf_pool_classes` have no
         meaning, and any role may listen.
@@ -89,4 +91,5 @@ class EngineOptions:
     pool_bytes: int | None = None
     enable_switch_role: bool = False
     buf_pool_classes: tuple[SizeClass, ...] = ()
+    copy_threads: int | None = None
     cache_manager: CacheManagerOptions | None = None

@@ -84,11 +84,11 @@ class SeveralDevices:
         slots: int,
         keys: Sequence[KeyName | None] = (),
         blocks_model: int | None = None,
-    ) -> tuple[int, list[list[int]]]:
+    ) -> tuple[int, list[range]]:
         """Allocate a cache on every device, all or nothing; see `Engine.allocate`."""
         with self._lock:
             cache_id = next(self._ids)
-            addresses: list[list[int]] = []
+            addresses: list[range] = []
             try:
                 for engine in self._engines:
                     _, parts = engine.allocate(num_tensors, tensor_nbytes, slots, keys, blocks_model, cache_id)

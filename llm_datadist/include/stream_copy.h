@@ -2,7 +2,10 @@
  *
  * A plain copy reads each line of the target into the cache before it overwrites it, and evicts what others have there.
  * Non-temporal stores do neither: for copies too large to be read again from the cache they move nearly twice as much.
- * The vector width is picked at run time. Elsewhere than on x86-64 a stream copy is a plain one.
+ * The vector width is picked at run time on x86-64 (AVX-512, AVX2, SSE2); aarch64 stores pairs of registers.
+ *
+ * The source is read ahead, and near the end of a run what is copied next: in small blocks at random places the first
+ * lines of a block would else be waited for (24 % of the time at 4 KiB, 10 % at 16 KiB; AMD EPYC).
  */
 #ifndef LLM_DATADIST_STREAM_COPY_H
 #define LLM_DATADIST_STREAM_COPY_H
@@ -11,34 +14,97 @@
 #include <stdint.h>
 #include <string.h>
 
+#define STREAM_LINE 64u     /* bytes of a cache line: targets of the loops below start at a multiple of it */
+#define STREAM_AHEAD 2048u  /* bytes to read ahead; of 512 to 4096 the best with AVX-512, as good as any without */
+
 #if defined(__x86_64__)
 #include <immintrin.h>
+#define STREAM_PREFETCH(address) _mm_prefetch((address), _MM_HINT_NTA)
 
-#define STREAM_LINE 64u        /* bytes of a cache line: targets of the loops below start at a multiple of it */
-#define STREAM_PREFETCH 1024u  /* bytes to read ahead; measured, anything from 512 to 2048 does as well */
+__attribute__((target("avx512f"))) static inline void stream_line_avx512(char *target, const char *source) {
+    _mm512_stream_si512((__m512i *)(void *)target, _mm512_loadu_si512((const void *)source));
+}
 
-__attribute__((target("avx2"))) static inline void stream_lines_avx2(char *target, const char *source, size_t nbytes) {
-    for (size_t at = 0; at < nbytes; at += STREAM_LINE) {
-        _mm_prefetch(source + at + STREAM_PREFETCH, _MM_HINT_NTA);
-        __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)(source + at));
-        __m256i high = _mm256_loadu_si256((const __m256i *)(const void *)(source + at + 32));
-        _mm256_stream_si256((__m256i *)(void *)(target + at), low);
-        _mm256_stream_si256((__m256i *)(void *)(target + at + 32), high);
+__attribute__((target("avx2"))) static inline void stream_line_avx2(char *target, const char *source) {
+    __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)source);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(const void *)(source + 32));
+    _mm256_stream_si256((__m256i *)(void *)target, low);
+    _mm256_stream_si256((__m256i *)(void *)(target + 32), high);
+}
+
+static inline void stream_line_sse2(char *target, const char *source) {
+    for (size_t part = 0; part < STREAM_LINE; part += 16) {
+        __m128i value = _mm_loadu_si128((const __m128i *)(const void *)(source + part));
+        _mm_stream_si128((__m128i *)(void *)(target + part), value);
     }
 }
 
-static inline void stream_lines_sse2(char *target, const char *source, size_t nbytes) {
-    for (size_t at = 0; at < nbytes; at += STREAM_LINE) {
-        _mm_prefetch(source + at + STREAM_PREFETCH, _MM_HINT_NTA);
-        for (size_t part = 0; part < STREAM_LINE; part += 16) {
-            __m128i value = _mm_loadu_si128((const __m128i *)(const void *)(source + at + part));
-            _mm_stream_si128((__m128i *)(void *)(target + at + part), value);
-        }
+#elif defined(__aarch64__)
+#define STREAM_PREFETCH(address) __asm__ __volatile__("prfm pldl1strm, [%0]" : : "r"(address))
+
+static inline void stream_line_neon(char *target, const char *source) {
+    __asm__ __volatile__(
+        "ldp q0, q1, [%1]\n\t"
+        "ldp q2, q3, [%1, #32]\n\t"
+        "stnp q0, q1, [%0]\n\t"
+        "stnp q2, q3, [%0, #32]"
+        :
+        : "r"(target), "r"(source)
+        : "v0", "v1", "v2", "v3", "memory");
+}
+#endif
+
+/* A loop over whole lines for one way to store a line. */
+#define STREAM_LINES(name, attributes, stream_line)                                                       \
+    attributes static void name(char *target, const char *source, size_t nbytes, const char *next) {       \
+        size_t at = 0;                                                                                     \
+        if (nbytes > STREAM_AHEAD) {                                                                       \
+            for (; at < nbytes - STREAM_AHEAD; at += STREAM_LINE) {                                        \
+                STREAM_PREFETCH(source + at + STREAM_AHEAD);                                               \
+                stream_line(target + at, source + at);                                                     \
+            }                                                                                              \
+        }                                                                                                  \
+        for (; at < nbytes; at += STREAM_LINE, next += STREAM_LINE) {                                      \
+            STREAM_PREFETCH(next);                                                                         \
+            stream_line(target + at, source + at);                                                         \
+        }                                                                                                  \
+    }
+
+#if defined(__x86_64__)
+STREAM_LINES(stream_lines_avx512, __attribute__((target("avx512f"))), stream_line_avx512)
+STREAM_LINES(stream_lines_avx2, __attribute__((target("avx2"))), stream_line_avx2)
+STREAM_LINES(stream_lines_sse2, , stream_line_sse2)
+
+static inline void stream_lines(char *target, const char *source, size_t nbytes, const char *next) {
+    if (__builtin_cpu_supports("avx512f")) {
+        stream_lines_avx512(target, source, nbytes, next);
+    } else if (__builtin_cpu_supports("avx2")) {
+        stream_lines_avx2(target, source, nbytes, next);
+    } else {
+        stream_lines_sse2(target, source, nbytes, next);
     }
 }
 
-/* Copy without caching the target. `stream_fence` must follow before anyone is told that the bytes are there. */
-static inline void stream_copy(void *target, const void *source, size_t nbytes) {
+static inline void stream_fence(void) { _mm_sfence(); }
+
+#elif defined(__aarch64__)
+STREAM_LINES(stream_lines, , stream_line_neon)
+
+static inline void stream_fence(void) { __asm__ __volatile__("dmb ishst" : : : "memory"); }
+
+#else
+
+static inline void stream_lines(char *target, const char *source, size_t nbytes, const char *next) {
+    (void)next;
+    memcpy(target, source, nbytes);
+}
+
+static inline void stream_fence(void) {}
+#endif
+
+/* Copy without caching the target; `next` is what will be copied after it, or the source itself. `stream_fence` must
+ * follow before anyone is told that the bytes are there. */
+static inline void stream_copy(void *target, const void *source, size_t nbytes, const void *next) {
     char *to = (char *)target;
     const char *from = (const char *)source;
     size_t head = (size_t)(-(uintptr_t)to & (STREAM_LINE - 1));
@@ -51,20 +117,8 @@ static inline void stream_copy(void *target, const void *source, size_t nbytes) 
     from += head;
     nbytes -= head;
     size_t lines = nbytes & ~(size_t)(STREAM_LINE - 1);
-    if (__builtin_cpu_supports("avx2")) {
-        stream_lines_avx2(to, from, lines);
-    } else {
-        stream_lines_sse2(to, from, lines);
-    }
+    stream_lines(to, from, lines, (const char *)next);
     memcpy(to + lines, from + lines, nbytes - lines);
 }
 
-static inline void stream_fence(void) { _mm_sfence(); }
-
-#else
-
-static inline void stream_copy(void *target, const void *source, size_t nbytes) { memcpy(target, source, nbytes); }
-static inline void stream_fence(void) {}
-
-#endif
 #endif

@@ -31,6 +31,9 @@ class End(Protocol):
     def open_channel(self, connection: socket.socket) -> None:
         """See to it that transfers have what they need of the peer to reach its registered memory."""
 
+    def use_threads(self, threads: int) -> None:
+        """Let one copy use so many threads, the caller's included."""
+
     def mark_dead(self) -> None:
         """Let running and later transfers fail at once: the peer is gone."""
 

@@ -61,7 +61,7 @@ def attach(descriptors: list[int], *, pool_writable: bool, connection: socket.so
         for writable in (pool_writable, False, True, True):
             segments.append(Segment.attach(left.pop(0), writable=writable))
         pool, directory, ledger, claims = segments
-        end = SharedMemoryEnd(pool, directory, ledger, claims, threads=len(os.sched_getaffinity(0)))
+        end = SharedMemoryEnd(pool, directory, ledger, claims)
     except BaseException:
         for segment in segments:
             segment.close()

@@ -107,9 +107,8 @@ def write_until(done: Callable[[], bool], caches: CacheTable, pool: HostPool) ->
 
 
 def fill_and_bind(caches: CacheTable, lines: Words, base: int, number: int, serial: int, prefix: KeyName) -> None:
-    deadline = time.monotonic() + 5
     for key in (prefix, (int(KeyKind.ORDINARY), number, 0)):
-        cache_id, addresses = caches.allocate(2, SLOT_BYTES, 1, {}, deadline)
+        cache_id, addresses = caches.allocate(2, SLOT_BYTES, 1, {}, 5.0)
         for address in addresses:
             first = (address - base) // 8
             lines[first : first + WORDS] = payload(number, serial)
