@@ -1,3 +1,9 @@
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+
 class LocalCache:
     def __init__(
         self,
@@ -39,4 +45,6 @@ class BlockPairs:
     @property
     def is_empty(self) -> bool: ...
 
-def block_pairs(sources: list[int], targets: list[int]) -> BlockPairs: ...
+BlockList = Sequence[int] | array[int] | npt.NDArray[Any]
+
+def block_pairs(sources: BlockList, targets: BlockList) -> BlockPairs: ...

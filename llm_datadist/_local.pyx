@@ -1,9 +1,12 @@
 """What a transfer touches on this side: a local cache, and the block table that says which block goes where."""
 
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from cpython.list cimport PyList_Check
 from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from libc.stdint cimport uint64_t
+from cpython.sequence cimport PySequence_Fast_GET_ITEM
+from cpython.tuple cimport PyTuple_Check
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from llm_datadist._atomics cimport exchange, fetch_add, fetch_sub, load_acquire
 
@@ -87,18 +90,18 @@ cdef class BlockPairs:
         return self.count == 0
 
 
-def block_pairs(list sources not None, list targets not None):
-    """Unpack two lists of block numbers of equal length.
+def block_pairs(sources not None, targets not None):
+    """Unpack two block lists of equal length: lists, tuples, or one-dimensional arrays of integers (buffers).
 
     Raises
     ------
     TypeError
-        An element is no int.
+        An element is no int, or an argument is nothing of these.
     ValueError
         A block number is negative or beyond uint64; the lists differ in length.
     """
-    cdef Py_ssize_t count = PyList_GET_SIZE(sources)
-    if PyList_GET_SIZE(targets) != count:
+    cdef Py_ssize_t count = len(sources)
+    if len(targets) != count:
         raise ValueError(f"{count} source blocks but {len(targets)} target blocks, size should be same")
     cdef BlockPairs pairs = BlockPairs.__new__(BlockPairs)
     pairs._sources = <uint64_t *>PyMem_Malloc((2 * count + 1) * sizeof(uint64_t))
@@ -111,12 +114,14 @@ def block_pairs(list sources not None, list targets not None):
     return pairs
 
 
-cdef uint64_t _unpack(list blocks, uint64_t *out, Py_ssize_t count) except? 0:
+cdef uint64_t _unpack(object blocks, uint64_t *out, Py_ssize_t count) except? 0:
+    if not (PyList_Check(blocks) or PyTuple_Check(blocks)):
+        return _unpack_buffer(blocks, out, count)
     cdef Py_ssize_t i
     cdef uint64_t value
     cdef uint64_t largest = 0
     for i in range(count):
-        item = <object>PyList_GET_ITEM(blocks, i)
+        item = <object>PySequence_Fast_GET_ITEM(blocks, i)
         if not PyLong_Check(item):
             raise TypeError(f"block number {item!r} is a {type(item).__name__}, only support int")
         try:
@@ -127,3 +132,41 @@ cdef uint64_t _unpack(list blocks, uint64_t *out, Py_ssize_t count) except? 0:
         if value > largest:
             largest = value
     return largest
+
+
+cdef uint64_t _unpack_buffer(object blocks, uint64_t *out, Py_ssize_t count) except? 0:
+    cdef Py_buffer buffer
+    cdef char kind
+    cdef bint is_signed
+    cdef uint64_t value
+    cdef uint64_t largest = 0
+    cdef Py_ssize_t i
+    try:
+        PyObject_GetBuffer(blocks, &buffer, PyBUF_STRIDES | PyBUF_FORMAT)
+    except BufferError as error:
+        raise TypeError(f"block numbers in a {type(blocks).__name__} cannot be read: {error}") from None
+    try:
+        kind = buffer.format[0] if buffer.format != NULL and buffer.format[1] == 0 else 0
+        is_signed = kind in b"bhilq"
+        if buffer.ndim != 1 or buffer.shape[0] != count or not (is_signed or kind in b"BHILQ"):
+            raise TypeError(f"a {type(blocks).__name__} of block numbers should have one dimension, of integers")
+        for i in range(count):
+            value = _number_at(<const char *>buffer.buf + i * buffer.strides[0], buffer.itemsize, is_signed)
+            if is_signed and value >> 63:
+                raise ValueError(f"block number {<int64_t>value} is out of range, should be in [0, 2**64)")
+            out[i] = value
+            if value > largest:
+                largest = value
+    finally:
+        PyBuffer_Release(&buffer)
+    return largest
+
+
+cdef uint64_t _number_at(const char *at, Py_ssize_t nbytes, bint is_signed) noexcept nogil:
+    if nbytes == 8:
+        return (<const uint64_t *>at)[0]
+    if nbytes == 4:
+        return <uint64_t><int64_t>(<const int32_t *>at)[0] if is_signed else (<const uint32_t *>at)[0]
+    if nbytes == 2:
+        return <uint64_t><int64_t>(<const int16_t *>at)[0] if is_signed else (<const uint16_t *>at)[0]
+    return <uint64_t><int64_t>(<const int8_t *>at)[0] if is_signed else (<const uint8_t *>at)[0]

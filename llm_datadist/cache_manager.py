@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.allocation_arguments import blocks_model, check_num_tensors, check_tensor_nbytes, key_names
@@ -23,6 +22,7 @@ from llm_datadist.sealed_blocks import BlocksToken, SealedBlocks
 from llm_datadist.status import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.options import CacheManagerOptions
 
@@ -278,8 +278,8 @@ class CacheManager(RegistrationCalls, PushCalls, CacheCopyCalls, CacheTransferCa
         self,
         src_cache_key: BlocksCacheKey | CacheKey | CacheKeyByIdAndIndex,
         dst_cache: Cache,
-        src_blocks: Sequence[int] = (),
-        dst_blocks: Sequence[int] = (),
+        src_blocks: BlockList = (),
+        dst_blocks: BlockList = (),
         *,
         token: BlocksToken | None = None,
         **kwargs: Any,
@@ -297,7 +297,7 @@ class CacheManager(RegistrationCalls, PushCalls, CacheCopyCalls, CacheTransferCa
             Remote blocks cache or slot; its cluster chooses the link.
         dst_cache : Cache
             Local blocks cache, of either placement.
-        src_blocks, dst_blocks : list or tuple of int
+        src_blocks, dst_blocks : list or tuple of int, or one-dimensional array of integers
             Block table of the transfer: equally many, at least one; no source blocks for a slot.
         token : bytes, optional
             What `publish_blocks` gave there for these blocks: the pull fails if they are no longer the ones that were

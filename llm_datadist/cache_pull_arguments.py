@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
-from llm_datadist.arguments import check_int64, check_isinstance, check_list_uint64, check_uint32
+from llm_datadist.arguments import check_int64, check_isinstance, check_uint32
+from llm_datadist.block_list import check_block_list, check_block_numbers
 from llm_datadist.cache import Cache
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, check_blocks_cache_key
 from llm_datadist.cache_kinds import check_blocks_cache, check_plain_cache
@@ -20,6 +21,9 @@ from llm_datadist.pull_arguments import (
 from llm_datadist.sealed_blocks import check_token
 from llm_datadist.status import InvalidArgument
 
+if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
+
 SlotKey = Union[CacheKey, CacheKeyByIdAndIndex]
 BlocksSource = Union[BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex]
 
@@ -29,16 +33,16 @@ class PullBlocksArguments(NamedTuple):
 
     Attributes
     ----------
-    src_blocks : list of int or None
+    src_blocks : list, tuple or array of int, or None
         Remote blocks; None = the remote slot, cut into blocks.
-    dst_blocks : list of int
+    dst_blocks : list, tuple or array of int
         Local blocks.
     src_tensors, dst_tensors : (int, int) or None
         First tensor and number of tensors; None = all.
     """
 
-    src_blocks: list[int] | None
-    dst_blocks: list[int]
+    src_blocks: BlockList | None
+    dst_blocks: BlockList
     src_tensors: TensorRange
     dst_tensors: TensorRange
 
@@ -75,8 +79,8 @@ def check_pull_of_slot(
 def check_pull_into_blocks(
     src_cache_key: BlocksSource,
     dst_cache: Cache,
-    src_blocks: Sequence[int],
-    dst_blocks: Sequence[int],
+    src_blocks: BlockList,
+    dst_blocks: BlockList,
     token: bytes | None,
     keywords: Mapping[str, Any],
     own_cluster_id: int,
@@ -85,11 +89,11 @@ def check_pull_into_blocks(
     kinds = [BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex]
     check_isinstance("src_cache_key", src_cache_key, kinds, allow_none=False)
     check_isinstance("dst_cache", dst_cache, Cache, allow_none=False)
-    check_isinstance("src_blocks", src_blocks, [list, tuple], int, allow_none=False)
-    check_isinstance("dst_blocks", dst_blocks, [list, tuple], int, allow_none=False)
+    check_block_list("src_blocks", src_blocks, [list, tuple])
+    check_block_list("dst_blocks", dst_blocks, [list, tuple])
     check_token(token)
     check_blocks_cache("dst_cache", dst_cache)
-    if not dst_blocks:
+    if len(dst_blocks) == 0:
         raise InvalidArgument("dst_blocks can not be empty")
     _check_source_blocks(src_cache_key, src_blocks, dst_blocks)
     if token is not None and not isinstance(src_cache_key, BlocksCacheKey):
@@ -99,18 +103,18 @@ def check_pull_into_blocks(
         check_blocks_cache_key(src_cache_key)
     else:
         check_pullable(src_cache_key)
-    check_list_uint64("src_blocks", src_blocks)
-    check_list_uint64("dst_blocks", dst_blocks)
+    check_block_numbers("src_blocks", src_blocks)
+    check_block_numbers("dst_blocks", dst_blocks)
     check_other_cluster(src_cache_key.cluster_id, own_cluster_id)
-    return PullBlocksArguments(list(src_blocks) or None, list(dst_blocks), *ranges)
+    return PullBlocksArguments(src_blocks if len(src_blocks) else None, dst_blocks, *ranges)
 
 
-def _check_source_blocks(key: BlocksSource, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> None:
+def _check_source_blocks(key: BlocksSource, src_blocks: BlockList, dst_blocks: BlockList) -> None:
     """Check that there are source blocks for a blocks key, one for each destination, and none for other keys."""
     if not isinstance(key, BlocksCacheKey):
-        if src_blocks:
+        if len(src_blocks):
             raise InvalidArgument(f"src_blocks should be empty with {key}, whose slot is cut into blocks")
-    elif not src_blocks:
+    elif len(src_blocks) == 0:
         raise InvalidArgument("src_blocks can not be empty with a BlocksCacheKey")
     elif len(src_blocks) != len(dst_blocks):
         raise InvalidArgument(f"{len(src_blocks)} src_blocks and {len(dst_blocks)} dst_blocks, size should be same")

@@ -28,6 +28,7 @@ from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.transfer_call import TransferCall
 
 if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.several_devices import SeveralDevices
 
@@ -275,8 +276,8 @@ class KvCacheManager(LocalCopyCalls, TransferCall, SealedBlocks):
         self,
         prompt_cache_key: BlocksCacheKey,
         decoder_kv_cache: KvCache,
-        prompt_blocks: list[int],
-        decoder_blocks: list[int],
+        prompt_blocks: BlockList,
+        decoder_blocks: BlockList,
         *,
         token: BlocksToken | None = None,
         **kwargs: Any,
@@ -292,7 +293,8 @@ class KvCacheManager(LocalCopyCalls, TransferCall, SealedBlocks):
         decoder_kv_cache : KvCache
             Local cache; one of `allocate_cache` works too, its slots are the blocks.
         prompt_blocks, decoder_blocks : list of int
-            Block table of the transfer: equally many, at least one.
+            Block table of the transfer: equally many, at least one. An `array` or one-dimensional NumPy array of
+            integers is an addition to the documented interface.
         token : bytes, optional
             What `publish_blocks` gave there for these blocks: the pull fails if they are no longer the ones that were
             meant. An addition to the documented interface.

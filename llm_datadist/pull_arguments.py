@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_datadist.arguments import (
     check_int64,
@@ -11,6 +11,7 @@ from llm_datadist.arguments import (
     check_positive_or_set_default,
     check_uint32,
 )
+from llm_datadist.block_list import check_block_list
 from llm_datadist.cache_handle import CacheHandle
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, check_blocks_cache_key
 from llm_datadist.cache_kinds import check_device_cache
@@ -18,6 +19,9 @@ from llm_datadist.kv_cache import KvCache
 from llm_datadist.layer_range import TensorRange, TensorRanges, tensor_ranges
 from llm_datadist.sealed_blocks import check_token
 from llm_datadist.status import InvalidArgument
+
+if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
 
 DEFAULT_TENSORS_PER_LAYER = 2  # K and V
 
@@ -82,20 +86,20 @@ def check_pull_cache_keywords(keywords: Mapping[str, Any], kv_cache: KvCache) ->
 def check_pull_blocks(
     prompt_cache_key: BlocksCacheKey,
     decoder_kv_cache: KvCache,
-    prompt_blocks: list[int],
-    decoder_blocks: list[int],
+    prompt_blocks: BlockList,
+    decoder_blocks: BlockList,
     token: bytes | None,
     keywords: Mapping[str, Any],
 ) -> TensorRanges:
     """Check the arguments of `KvCacheManager.pull_blocks`, which documents what is raised."""
     check_isinstance("prompt_cache_key", prompt_cache_key, BlocksCacheKey, allow_none=False)
     check_isinstance("decoder_kv_cache", decoder_kv_cache, KvCache, allow_none=False)
-    check_isinstance("prompt_blocks", prompt_blocks, list, int, allow_none=False)
-    check_isinstance("decoder_blocks", decoder_blocks, list, int, allow_none=False)
+    check_block_list("prompt_blocks", prompt_blocks, list)
+    check_block_list("decoder_blocks", decoder_blocks, list)
     check_token(token)
     check_device_cache("decoder_kv_cache", decoder_kv_cache)
     for name, blocks in (("prompt_blocks", prompt_blocks), ("decoder_blocks", decoder_blocks)):
-        if not blocks:
+        if len(blocks) == 0:
             raise InvalidArgument(f"{name} can not be empty")
     if len(prompt_blocks) != len(decoder_blocks):
         raise InvalidArgument(

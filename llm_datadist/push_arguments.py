@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from llm_datadist.arguments import check_int64, check_isinstance, check_list_uint64, check_uint32
+from llm_datadist.arguments import check_int64, check_isinstance, check_uint32
+from llm_datadist.block_list import check_block_list, check_block_numbers
 from llm_datadist.cache import Cache
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKeyByIdAndIndex, check_blocks_cache_key
 from llm_datadist.cache_kinds import check_blocks_cache, check_plain_cache
@@ -12,6 +13,9 @@ from llm_datadist.cache_pull_arguments import check_other_cluster
 from llm_datadist.layer_range import TensorRanges, tensor_ranges
 from llm_datadist.status import InvalidArgument
 from llm_datadist.transfer_config import check_layer_range
+
+if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
 
 
 def check_push_cache(
@@ -39,8 +43,8 @@ def check_push_cache(
 def check_push_blocks(
     dst_cache_key: BlocksCacheKey,
     src_cache: Cache,
-    src_blocks: Sequence[int],
-    dst_blocks: Sequence[int],
+    src_blocks: BlockList,
+    dst_blocks: BlockList,
     src_layer_range: range | None,
     dst_layer_range: range | None,
     tensor_num_per_layer: int,
@@ -49,17 +53,17 @@ def check_push_blocks(
     """Check the arguments of `CacheManager.push_blocks`, which documents what is raised."""
     check_isinstance("dst_cache_key", dst_cache_key, BlocksCacheKey, allow_none=False)
     check_isinstance("src_cache", src_cache, Cache, allow_none=False)
-    check_isinstance("src_blocks", src_blocks, [list, tuple], int, allow_none=False)
-    check_isinstance("dst_blocks", dst_blocks, [list, tuple], int, allow_none=False)
+    check_block_list("src_blocks", src_blocks, [list, tuple])
+    check_block_list("dst_blocks", dst_blocks, [list, tuple])
     check_blocks_cache("src_cache", src_cache)
-    if not dst_blocks:
+    if len(dst_blocks) == 0:
         raise InvalidArgument("dst_blocks can not be empty")
     if len(src_blocks) != len(dst_blocks):
         raise InvalidArgument(f"{len(src_blocks)} src_blocks and {len(dst_blocks)} dst_blocks, size should be same")
     ranges = _check_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
     check_blocks_cache_key(dst_cache_key)
-    check_list_uint64("src_blocks", src_blocks)
-    check_list_uint64("dst_blocks", dst_blocks)
+    check_block_numbers("src_blocks", src_blocks)
+    check_block_numbers("dst_blocks", dst_blocks)
     check_other_cluster(dst_cache_key.cluster_id, own_cluster_id)
     return ranges
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llm_datadist.cache import Cache
 from llm_datadist.cache_keys import BlocksCacheKey, CacheKeyByIdAndIndex
@@ -10,6 +10,9 @@ from llm_datadist.cache_manager_access import CacheManagerAccess
 from llm_datadist.pull_arguments import DEFAULT_TENSORS_PER_LAYER
 from llm_datadist.push_arguments import check_push_blocks, check_push_cache
 from llm_datadist.status import InvalidArgument
+
+if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
 
 
 class PushCalls(CacheManagerAccess):
@@ -75,8 +78,8 @@ class PushCalls(CacheManagerAccess):
         self,
         dst_cache_key: BlocksCacheKey,
         src_cache: Cache,
-        src_blocks: Sequence[int] = (),
-        dst_blocks: Sequence[int] = (),
+        src_blocks: BlockList = (),
+        dst_blocks: BlockList = (),
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = DEFAULT_TENSORS_PER_LAYER,
@@ -91,7 +94,7 @@ class PushCalls(CacheManagerAccess):
             Remote blocks cache; its cluster chooses the link.
         src_cache : Cache
             Local blocks cache, of either placement.
-        src_blocks, dst_blocks : list or tuple of int
+        src_blocks, dst_blocks : list or tuple of int, or one-dimensional array of integers
             Block table of the transfer: equally many, at least one.
         src_layer_range, dst_layer_range, tensor_num_per_layer
             As in `push_cache`.
@@ -119,7 +122,7 @@ class PushCalls(CacheManagerAccess):
         )
         key = dst_cache_key
         self._engine.push_blocks(
-            key._cluster_id, key._name, self._engine_id(src_cache), list(src_blocks), list(dst_blocks), *tensors
+            key._cluster_id, key._name, self._engine_id(src_cache), src_blocks, dst_blocks, *tensors
         )
 
     def _require_remote_access(self, function: str) -> None:

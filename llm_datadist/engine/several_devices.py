@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.engine.caches import PoolStatistics
 from llm_datadist.engine.engine import Engine
@@ -26,6 +26,9 @@ from llm_datadist.engine.options import EngineOptions
 from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
 
 _Result = TypeVar("_Result")
 
@@ -168,8 +171,8 @@ class SeveralDevices:
         cluster_id: int,
         key: KeyName,
         cache_id: int,
-        src_blocks: list[int] | None,
-        dst_blocks: list[int],
+        src_blocks: BlockList | None,
+        dst_blocks: BlockList,
         src_tensors: TensorRange,
         dst_tensors: TensorRange,
         token: bytes | None = None,

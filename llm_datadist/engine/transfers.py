@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from llm_datadist._core import TransferFault
 from llm_datadist._local import BlockPairs, LocalCache, block_pairs
@@ -13,6 +14,9 @@ from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, 
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.engine.transfer_failures import TransferFailures
+
+if TYPE_CHECKING:
+    from llm_datadist._local import BlockList
 
 _ALL = -1  # a count of remote tensors: the puller takes as many as there are
 
@@ -105,8 +109,8 @@ class Transfers(ABC):
         cluster_id: int,
         key: KeyName,
         cache_id: int,
-        src_blocks: list[int] | None,
-        dst_blocks: list[int],
+        src_blocks: BlockList | None,
+        dst_blocks: BlockList,
         src_tensors: TensorRange,
         dst_tensors: TensorRange,
         token: bytes | None = None,
@@ -184,8 +188,8 @@ class Transfers(ABC):
         cluster_id: int,
         key: KeyName,
         cache_id: int,
-        src_blocks: list[int],
-        dst_blocks: list[int],
+        src_blocks: BlockList,
+        dst_blocks: BlockList,
         src_tensors: TensorRange,
         dst_tensors: TensorRange,
     ) -> None:

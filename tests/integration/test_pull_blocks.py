@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,10 +60,11 @@ def test_blocks_go_where_the_block_tables_say(pair: Pair) -> None:
             assert_blocks(pair, mine, {2: 0, 3: 1}, tensor)
 
 
-def test_any_order_and_repeated_sources(pair: Pair) -> None:
+@pytest.mark.parametrize("make", [list, np.array, lambda blocks: array("I", blocks)], ids=["list", "numpy", "array"])
+def test_any_order_and_repeated_sources(pair: Pair, make: Callable[[list[int]], Any]) -> None:
     offer(pair)
     mine = target(pair)
-    pair.decoder.call(dd.pull_blocks, KEY, mine, [9, 3, 3, 0, 4, 5], [0, 9, 1, 2, 6, 7])
+    pair.decoder.call(dd.pull_blocks, KEY, mine, make([9, 3, 3, 0, 4, 5]), make([0, 9, 1, 2, 6, 7]))
     for tensor in range(2):
         assert_blocks(pair, mine, {0: 9, 9: 3, 1: 3, 2: 0, 6: 4, 7: 5}, tensor)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -240,6 +242,39 @@ def test_blocks_that_do_not_fit(sides: Sides, blocks: list[int], stride: int, ou
         )
     assert caught.value.outcome is outcome
     assert caught.value.remote_slots == 4
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda blocks: array("q", blocks), lambda blocks: array("H", blocks)])
+def test_block_pairs_of_lists_tuples_and_arrays(make: Callable[[list[int]], Any]) -> None:
+    pairs = block_pairs(make([3, 0, 700]), make([1, 2, 0]))
+    assert (pairs.count, pairs.max_source, pairs.max_target) == (3, 700, 2)
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_block_pairs_of_numpy_arrays(sides: Sides, name: str) -> None:
+    sides.directory.publish_key(sides.publish(1), BLOCKS, 0, 0, 0)
+    source, target = np.array([9, 3, 9, 0, 9, 1], name)[1::2], np.array([0, 2, 3], name)
+    pairs = block_pairs(source, target)
+    sides.peer.pull_blocks(sides.local, BLOCKS, 0, 0, 0, pairs, 0, -1, 0, 2, None, time.monotonic_ns() + 10**9)
+    view = memoryview(sides.local_memory)
+    assert [view[slot * SLOT + 2] for slot in (0, 2, 3)] == [3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "text"),
+    [
+        (np.array([[1]]), TypeError, "one dimension, of integers"),
+        (np.array([1.0]), TypeError, "one dimension, of integers"),
+        (np.array([True]), TypeError, "one dimension, of integers"),
+        (np.array([-1], np.int8), ValueError, "block number -1 is out of range"),
+        (array("d", [1.0]), TypeError, "one dimension, of integers"),
+        ({1: 2}, TypeError, "bytes-like"),
+        ("1", TypeError, "bytes-like"),
+    ],
+)
+def test_block_pairs_refuses_other_arrays(blocks: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        block_pairs(blocks, [0])
 
 
 def test_block_pairs_checks_its_lists() -> None:
