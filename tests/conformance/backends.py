@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llm_datadist.transports import private_memory
+
 
 @dataclass(frozen=True)
 class Backend:
-    """A device and a transport, and the options of `LLMDataDist.init` that select them."""
+    """A device and a transport, and the options of `LLMDataDist.init` and the environment that select them."""
 
     device: str
     transport: str
     options: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.device}-{self.transport}"
 
 
 BACKENDS = [Backend("host", "shared_memory")]
+
+# Ways to memory that a program has registered: tensors that it has placed in the pool, and memory of its own.
+MEMORY_BACKENDS = [
+    *BACKENDS,
+    *(
+        Backend("host", way, environment={private_memory.VARIABLE: way})
+        for way in (private_memory.PROCESS_VM, private_memory.DATA_SERVER)
+    ),
+]

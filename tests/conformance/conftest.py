@@ -12,9 +12,12 @@ import pytest
 
 from llm_datadist import KvCacheManager, LLMDataDist, LLMRole
 from llm_datadist.cluster.local import LocalGroup
+from llm_datadist.v2.cache_manager import CacheManager
 from tests import datadist_member as dd
-from tests.conformance.backends import BACKENDS, Backend
+from tests.conformance import registering
+from tests.conformance.backends import BACKENDS, MEMORY_BACKENDS, Backend
 from tests.conformance.expectations import LINKED
+from tests.conformance.registering import Registered, RegisteringRemote
 from tests.conformance.remote import DECODER, PROMPT, Remote, link_to
 from tests.datadist_member import make_options
 from tests.processes import Member
@@ -131,6 +134,72 @@ def serving(process: Member, options: Callable[..., dict[str, str]], start_remot
     assert decoder.call(dd.link, PROMPT, port) == LINKED
     yield Serving(prompt, prompt.kv_cache_manager, decoder, port)
     prompt.finalize()
+
+
+# ---- cache-manager mode
+
+
+@pytest.fixture(scope="session", params=MEMORY_BACKENDS, ids=str)
+def memory(request: pytest.FixtureRequest) -> Backend:
+    """The way to registered memory, for tests that move bytes of it."""
+    return request.param
+
+
+@pytest.fixture
+def start_manager() -> Iterator[Start]:
+    """Initialise instances of this process in cache-manager mode, one after the other; the last one is finalised."""
+
+    def start_one(cluster_id: int = DECODER, role: LLMRole = LLMRole.MIX, **options: Any) -> LLMDataDist:
+        datadist = LLMDataDist(role, cluster_id)
+        datadist.init(registering.make_options(**options))
+        return datadist
+
+    yield start_one
+    if LLMDataDist.llm_engine_instance is not None:
+        LLMDataDist.llm_engine_instance.finalize()
+
+
+@pytest.fixture
+def start_registering(process: Member, free_port: Callable[[], int]) -> Iterator[StartRemote]:
+    """Initialise an instance in cache-manager mode in another process, cluster 1; it is finalised with the test."""
+    with contextlib.ExitStack() as started:
+
+        def start_one(backend: Backend, role: LLMRole = LLMRole.MIX, **options: Any) -> RegisteringRemote:
+            remote = RegisteringRemote(process, backend, role, PROMPT, free_port(), **options)
+            started.callback(remote.finalize)
+            return remote
+
+        yield start_one
+
+
+class Registering(NamedTuple):
+    """Two linked instances in cache-manager mode: one in this process, cluster 2, and one in another, cluster 1."""
+
+    peer: RegisteringRemote
+    datadist: LLMDataDist
+    manager: CacheManager
+    memory: Backend
+
+    def register(self, *args: Any, **kwargs: Any) -> Registered:
+        """Register fresh tensors in this process; the arguments are those of `registering.register`."""
+        return registering.register(self.datadist, self.memory, *args, **kwargs)
+
+
+@pytest.fixture
+def link_registering(
+    start_registering: StartRemote, start_manager: Start, memory: Backend, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Registering]:
+    """Start two instances with the same options and link them, over each way to registered memory."""
+
+    def link(**options: Any) -> Registering:
+        for name, value in memory.environment.items():
+            monkeypatch.setenv(name, value)
+        peer = start_registering(memory, **options)
+        datadist = start_manager(**options)
+        assert datadist.link_clusters([dd.cluster_info(PROMPT, peer.port)]) == LINKED
+        return Registering(peer, datadist, datadist.cache_manager, memory)
+
+    return link
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

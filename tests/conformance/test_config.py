@@ -150,3 +150,88 @@ def test_C044_options_follow_the_properties(config: LLMConfig) -> None:
     for device_id in (1, 2):
         config.device_id = device_id
         assert config.generate_options()["ge.exec.deviceId"] == str(device_id)
+
+
+# ---- cache-manager mode
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("enable_cache_manager", "llm.EnableCacheManager"),
+        ("enable_remote_cache_accessible", "llm.EnableRemoteCacheAccessible"),
+    ],
+)
+def test_C045_switches_of_the_mode(config: LLMConfig, name: str, key: str) -> None:
+    assert key not in config.generate_options()
+    assert getattr(config, name) is False
+    for value, text in ((True, "1"), (False, "0")):
+        setattr(config, name, value)
+        assert config.generate_options()[key] == text
+        assert getattr(config, name) is value
+    for wrong in (1, "1"):
+        with pytest.raises(TypeError, match="only support"):
+            setattr(config, name, wrong)
+
+
+def test_C046_communication_resources(config: LLMConfig) -> None:
+    assert "llm.LocalCommRes" not in config.generate_options()
+    assert config.local_comm_res == ""
+    config.local_comm_res = ""
+    assert config.generate_options()["llm.LocalCommRes"] == ""
+    config.local_comm_res = "{}"
+    assert config.generate_options()["llm.LocalCommRes"] == config.local_comm_res == "{}"
+    with pytest.raises(TypeError, match="only support"):
+        config.local_comm_res = {}  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("rdma_traffic_class", "llm.RdmaTrafficClass"), ("rdma_service_level", "llm.RdmaServiceLevel")],
+)
+def test_C047_rdma(config: LLMConfig, name: str, key: str) -> None:
+    assert getattr(config, name) is None
+    assert key not in config.generate_options()
+    for value in (0, 100, 2**32 - 1):
+        setattr(config, name, value)
+        assert config.generate_options()[key] == str(value)
+        assert getattr(config, name) == value
+    for wrong in (-1, 2**32):
+        with pytest.raises(ValueError, match="out of range") as raised:
+            setattr(config, name, wrong)
+        assert not isinstance(raised.value, LLMException)
+    with pytest.raises(TypeError, match="only support"):
+        setattr(config, name, "1")
+
+
+def test_C048_time_and_attempts_of_links(config: LLMConfig) -> None:
+    for name, key, good, bad in (
+        ("link_retry_count", "llm.LinkRetryCount", (1, 100), (0, 101)),
+        ("link_total_time", "llm.LinkTotalTime", (0, 1, 2**32 - 1), (-1, 2**32)),
+    ):
+        assert key not in config.generate_options()
+        for value in good:
+            setattr(config, name, value)
+            assert config.generate_options()[key] == str(value)
+        for value in bad:
+            invalid(setattr, config, name, value)
+        with pytest.raises(TypeError):
+            setattr(config, name, "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mem_pool_cfg", "llm.MemPoolConfig"),
+        ("host_mem_pool_cfg", "llm.HostMemPoolConfig"),
+        ("transfer_backend", "llm.TransferBackend"),
+        ("global_resource_config", "llm.GlobalResourceConfig"),
+    ],
+)
+def test_C046_other_texts(config: LLMConfig, name: str, key: str) -> None:
+    assert getattr(config, name) == ""
+    assert key not in config.generate_options()
+    setattr(config, name, "{}")
+    assert config.generate_options()[key] == getattr(config, name) == "{}"
+    with pytest.raises(TypeError, match="only support"):
+        setattr(config, name, {})

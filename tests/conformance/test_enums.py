@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_datadist import CacheDesc, DataType, LLMRole, LLMStatusCode, Placement
+from llm_datadist import CacheDesc, DataType, LLMRole, LLMStatusCode, Memtype, Placement, RegisterMemStatus
 from llm_datadist.data_type import dtype_to_np_dtype, get_python_dtype_from_wrapper_dtype, np_dtype_to_dtype
 from llm_datadist.status import code_2_status
+from llm_datadist.v2.llm_types import int_to_mem_status_dict
 
 # Offsets from 0x5010B000 of the codes that have one.
 CODES = {
@@ -115,3 +116,10 @@ def test_C018_data_types_by_number() -> None:
     assert get_python_dtype_from_wrapper_dtype(0) is DataType.DT_FLOAT
     with pytest.raises(ValueError, match="99"):
         get_python_dtype_from_wrapper_dtype(99)
+
+
+def test_C019_registered_memory() -> None:
+    assert {member.name: member.value for member in RegisterMemStatus} == {"OK": 0, "PREPARING": 1, "FAILED": 2}
+    assert {member.name: member.value for member in Memtype} == {"MEM_TYPE_DEVICE": 0, "MEM_TYPE_HOST": 1}
+    assert RegisterMemStatus.OK != 0, "no number"
+    assert int_to_mem_status_dict == {number: RegisterMemStatus(number) for number in range(3)}
