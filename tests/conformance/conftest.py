@@ -179,10 +179,12 @@ class Registering(NamedTuple):
     datadist: LLMDataDist
     manager: CacheManager
     memory: Backend
+    held: list[Registered]  # what this process has registered must live
 
     def register(self, *args: Any, **kwargs: Any) -> Registered:
         """Register fresh tensors in this process; the arguments are those of `registering.register`."""
-        return registering.register(self.datadist, self.memory, *args, **kwargs)
+        self.held.append(registering.register(self.datadist, self.memory, *args, **kwargs))
+        return self.held[-1]
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def link_registering(
         peer = start_registering(memory, **options)
         datadist = start_manager(**options)
         assert datadist.link_clusters([dd.cluster_info(PROMPT, peer.port)]) == LINKED
-        return Registering(peer, datadist, datadist.cache_manager, memory)
+        return Registering(peer, datadist, datadist.cache_manager, memory, [])
 
     return link
 
