@@ -43,10 +43,6 @@ class KvTensors:
     def addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.tensors]
 
-    @property
-    def block_nbytes(self) -> int:
-        return self.tensors[0][0].nbytes
-
     def fill(self, seed: int) -> None:
         """Give every block of every tensor the contents of a seed."""
         for index, tensor in enumerate(self.tensors):
@@ -103,3 +99,8 @@ def mla(layers: int, blocks: int) -> list[KvTensors]:
         KvTensors(layers, (blocks, 16, 1, 128), torch.bfloat16),
         KvTensors(layers, (blocks, 16, 1, 24), torch.bfloat16),
     ]
+
+
+def one_for_each_layer(layers: int, blocks: int) -> KvTensors:
+    """Make keys and values in one quantised tensor for each layer."""
+    return KvTensors(layers, (blocks, 8, 2, 24), torch.int8)
