@@ -27,7 +27,11 @@ cdef int F_SEAL_SEAL = 0x0001
 cdef int F_SEAL_SHRINK = 0x0002
 cdef int F_SEAL_GROW = 0x0004
 cdef int F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
+cdef int MADV_HUGEPAGE = 14
 cdef int MADV_POPULATE_WRITE = 23      # Linux 5.14
+cdef unsigned MFD_HUGETLB = 0x0004
+
+HUGE_PAGE = 2 << 20  # bytes; the size that MFD_HUGETLB gives by default on x86-64, and on aarch64 with pages of 4 KiB
 
 cdef uint64_t PAGE = <uint64_t>os.sysconf("SC_PAGESIZE")
 
@@ -47,7 +51,7 @@ cdef class Segment:
         self._closed = False
 
     @staticmethod
-    def create(str name, uint64_t size, *, bint peers_may_write):
+    def create(str name, uint64_t size, *, bint peers_may_write, bint reserved_huge_pages=False):
         """Make a zeroed segment and map it readable and writable.
 
         Parameters
@@ -58,18 +62,22 @@ cdef class Segment:
             Bytes, > 0; rounded up to whole pages.
         peers_may_write : bool
             False seals the segment so that no later mapping, in any process, can be writable.
+        reserved_huge_pages : bool
+            Take the memory from the huge pages that the system keeps in reserve; the size is rounded up to them.
 
         Raises
         ------
         OSError
-            The kernel refuses the memfd or the mapping.
+            The kernel refuses the memfd or the mapping; for instance, the reserve is too small.
         """
         if size == 0:
             raise ValueError("size of a segment is 0 bytes, should be > 0")
         cdef Segment self = Segment.__new__(Segment)
-        self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        cdef uint64_t page = HUGE_PAGE if reserved_huge_pages else PAGE
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (MFD_HUGETLB if reserved_huge_pages else 0)
+        self._fd = os.memfd_create(name, flags)
         try:
-            os.ftruncate(self._fd, (size + PAGE - 1) // PAGE * PAGE)
+            os.ftruncate(self._fd, (size + page - 1) // page * page)
             _map(self, True)
             seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL
             if not peers_may_write:
@@ -131,6 +139,12 @@ cdef class Segment:
             rc = madvise(<void *>(self.base + first), length, MADV_POPULATE_WRITE)
         if rc != 0 and errno != EINVAL:
             raise OSError(errno, f"{os.strerror(errno)}: cannot populate {nbytes} bytes of shared memory")
+
+    def advise_huge_pages(self):
+        """Ask for transparent huge pages; False if the system gives none for shared memory."""
+        if self.base == 0:
+            raise ValueError("segment is closed")
+        return madvise(<void *>self.base, self.size, MADV_HUGEPAGE) == 0
 
     def close(self):
         """Close the descriptor now and unmap as soon as no buffer refers to the memory."""

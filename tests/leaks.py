@@ -28,6 +28,11 @@ def _children() -> Iterator[str]:
 def _threads() -> Iterator[str]:
     for thread in threading.enumerate():
         yield f"thread {thread.name} ({thread.native_id})"
+    for task in Path("/proc/self/task").iterdir():  # native threads of the library, which Python does not know
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            name = task.joinpath("comm").read_text().strip()
+            if name.startswith("llm_datadist"):
+                yield f"native thread {name} ({task.name})"
 
 
 def _descriptors() -> Iterator[str]:

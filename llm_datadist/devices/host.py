@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from llm_datadist._segment import Segment
+from llm_datadist.devices.huge_pages import create_pool_segment
 from llm_datadist.status import LLMException, LLMStatusCode
 
 # Pages are taken in pieces, so that a very large cache cannot hold its caller up; the rest is paid at first touch.
@@ -37,7 +37,7 @@ class HostPool:
                 status_code=LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY,
             )
         try:
-            self.segment = Segment.create("llm_datadist:pool", capacity, peers_may_write=peers_may_write)
+            self.segment = create_pool_segment("llm_datadist:pool", capacity, peers_may_write=peers_may_write)
         except OSError as error:
             raise LLMException(
                 f"cannot reserve a pool of {capacity} bytes: {error}",
