@@ -195,12 +195,13 @@ cdef class PeerMemory:
     cdef uint64_t _channels[MAX_CHANNELS]  # descriptors of free data channels + 1; 0 = none, or in use
     cdef uint64_t _num_channels           # in use or free
     cdef uint64_t _peer_dead
-    cdef uint64_t _closing
+    cdef uint64_t _closing                # for good
+    cdef uint64_t _undecided              # an unlink asks whether the link is in use: new transfers wait
     cdef uint64_t _running                # transfers inside this object
 
     cdef int _close_pidfd(self) except -1
     cdef int _close_channels(self) except -1
-    cdef Outcome _enter(self) noexcept nogil
+    cdef Outcome _enter(self, uint64_t deadline_ns) noexcept nogil
     cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil
     cdef Outcome _why_stopped(self) noexcept nogil
     cdef Outcome _claim_key(

@@ -214,16 +214,19 @@ cdef class PeerMemory:
         return load_acquire(&self._running) != 0
 
     def begin_close(self):
-        """Let no new pull start; False, and nothing changed, if one is running."""
-        exchange(&self._closing, 1)
+        """Let new transfers wait; False, and nothing changed, if one is running.
+
+        `close` or `reopen` decides what becomes of those that wait.
+        """
+        exchange(&self._undecided, 1)
         if load_acquire(&self._running) != 0:
-            exchange(&self._closing, 0)
+            exchange(&self._undecided, 0)
             return False
         return True
 
     def reopen(self):
         """Take `begin_close` back."""
-        exchange(&self._closing, 0)
+        exchange(&self._undecided, 0)
 
     def close(self, uint64_t deadline_ns):
         """End running pulls with `LINK_CLOSED` and unmap everything; tells whether that was done by the deadline.
@@ -232,6 +235,7 @@ cdef class PeerMemory:
         """
         cdef bint idle
         exchange(&self._closing, 1)
+        exchange(&self._undecided, 0)
         with nogil:
             while True:
                 idle = load_acquire(&self._running) == 0
@@ -251,12 +255,16 @@ cdef class PeerMemory:
 
     # ---- transfers
 
-    cdef Outcome _enter(self) noexcept nogil:
-        fetch_add(&self._running, 1)
-        if load_acquire(&self._closing) != 0:
+    cdef Outcome _enter(self, uint64_t deadline_ns) noexcept nogil:
+        """Begin a transfer: with DONE, the end of the link waits for it."""
+        while True:
+            fetch_add(&self._running, 1)
+            if load_acquire(&self._closing) == 0 and load_acquire(&self._undecided) == 0:
+                return DONE
             fetch_sub(&self._running, 1)
-            return LINK_CLOSED
-        return DONE
+            if load_acquire(&self._closing) != 0 or monotonic_ns() > deadline_ns:
+                return LINK_CLOSED
+            usleep(20)
 
     cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil:
         cdef Gate gate

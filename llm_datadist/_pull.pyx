@@ -134,7 +134,7 @@ cdef class PeerSource(PeerMemory):
         """Find and claim the source; with DONE, `_end` must follow."""
         cdef DirectoryEntry *entry = &pull.found.entry
         cdef uint64_t count
-        cdef Outcome outcome = self._enter()
+        cdef Outcome outcome = self._enter(deadline_ns)
         if outcome != DONE:
             return outcome
         pull.gate = self._gate(deadline_ns)

@@ -76,7 +76,7 @@ cdef class PeerTarget(PeerSource):
                 plan[tensors + i] = addresses[i]
             wanted.first, wanted.tensors = source_first, tensors
             with nogil:
-                outcome = self._enter()
+                outcome = self._enter(deadline_ns)
                 if outcome == DONE:
                     gate = self._gate(deadline_ns)
                     outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)
@@ -121,7 +121,7 @@ cdef class PeerTarget(PeerSource):
         wanted.first, wanted.tensors = source_first, tensors
         found.entry.tensors = found.entry.slots = found.entry.stride = 0
         with nogil:
-            outcome = self._enter()
+            outcome = self._enter(deadline_ns)
             if outcome == DONE:
                 gate = self._gate(deadline_ns)
                 outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)

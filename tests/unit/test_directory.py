@@ -6,9 +6,12 @@ A model in plain Python says which keys exist; every pull must agree with it and
 from __future__ import annotations
 
 import os
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -307,12 +310,50 @@ def test_a_dead_peer_ends_pulls_at_once(sides: Sides) -> None:
     assert sides.fails(ORDINARY, 7, seconds=100) is Outcome.PEER_DEAD
 
 
-def test_a_closing_link_starts_no_pull_and_can_be_reopened(sides: Sides) -> None:
-    sides.directory.publish_key(sides.publish(1), ORDINARY, 7, 0, 0)
+def test_a_pull_waits_while_an_unlink_is_undecided(sides: Sides) -> None:
+    sides.directory.publish_key(sides.publish(1), PREFIX, 7, 0, 0)
     assert sides.peer.begin_close()
-    assert sides.fails(ORDINARY, 7) is Outcome.LINK_CLOSED
-    sides.peer.reopen()
-    assert sides.pull(ORDINARY, 7) == bytes((1, 0, 0))
+    assert sides.fails(PREFIX, 7, seconds=0.05) is Outcome.LINK_CLOSED
+    for decide, wanted in (
+        (sides.peer.reopen, None),
+        (lambda: sides.peer.close(time.monotonic_ns() + 10**9), "closed"),
+    ):
+        sides.peer.begin_close()
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(sides.pull if wanted is None else sides.fails, PREFIX, 7, seconds=20)
+            with pytest.raises(FutureTimeoutError):
+                waiting.result(0.05)
+            decide()
+            assert waiting.result(10) == (bytes((1, 0, 0)) if wanted is None else Outcome.LINK_CLOSED)
+
+
+def test_an_unlink_that_finds_a_pull_running_does_not_disturb_it(sides: Sides) -> None:
+    """Pulls go on while another thread asks again and again whether the link is in use."""
+    sides.directory.publish_key(sides.publish(1), PREFIX, 7, 0, 0)
+    done = threading.Event()
+
+    def ask() -> int:
+        refused = 0
+        while not done.is_set():
+            if sides.peer.begin_close():
+                sides.peer.reopen()
+            else:
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(ask)
+        try:
+            for _ in range(5000):
+                assert sides.pull(PREFIX, 7, seconds=10) == bytes((1, 0, 0))
+        finally:
+            done.set()
+        assert asking.result(10) >= 0
+
+
+def test_a_closed_link_starts_no_pull(sides: Sides) -> None:
+    sides.directory.publish_key(sides.publish(1), ORDINARY, 7, 0, 0)
+    assert sides.pull(ORDINARY, 7, consume=False) == bytes((1, 0, 0))
     assert sides.peer.close(time.monotonic_ns() + 10**9)
     assert sides.fails(ORDINARY, 7) is Outcome.LINK_CLOSED
 
