@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,10 @@ STAGES = {11: range(5), 12: range(5, TENSORS)}  # tensors of the prompt, by clus
 PROMPT, SEED = 10, 4
 
 State = dict[str, Any]
+
+
+def reach_memory(state: State, way: str) -> None:
+    os.environ[private_memory.VARIABLE] = way
 
 
 def open_connector(
@@ -48,12 +53,11 @@ def close(state: State) -> None:
 
 
 @pytest.mark.parametrize("way", [private_memory.PROCESS_VM, private_memory.DATA_SERVER])
-def test_stages_pull_their_layers(
-    members: Callable[[str], Member], free_port: Callable[[], int], way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(private_memory.VARIABLE, way)
+def test_stages_pull_their_layers(crew: list[Member], free_port: Callable[[], int], way: str) -> None:
     port, choice = free_port(), random.Random(way)
-    prompt, stages = members("prompt"), {number: members(f"stage {number}") for number in STAGES}
+    prompt, stages = crew[0], dict(zip(STAGES, crew[1:]))
+    for process in (prompt, *stages.values()):
+        process.call(reach_memory, way)
     opened = [prompt.start(open_connector, LLMRole.PROMPT, PROMPT, range(TENSORS), SEED, port)]
     opened += [stages[number].start(open_connector, LLMRole.DECODER, number, held) for number, held in STAGES.items()]
     for call in opened:

@@ -45,11 +45,9 @@ def close(state: State) -> None:
 
 
 @pytest.mark.parametrize("way", ["push_each_layer", "transfer_all_layers"])
-def test_a_prompt_pushes_into_decoders(
-    members: Callable[[str], Member], free_port: Callable[[], int], way: str
-) -> None:
+def test_a_prompt_pushes_into_decoders(crew: list[Member], free_port: Callable[[], int], way: str) -> None:
     choice = random.Random(way)
-    prompt, decoders = members("prompt"), {number: members(f"decoder {number}") for number in DECODERS}
+    prompt, decoders = crew[0], dict(zip(DECODERS, crew[1:]))
     ports = {number: free_port() for number in DECODERS}
     opened = [decoders[number].start(open_decoder, number, port) for number, port in ports.items()]
     prompt.call(open_prompt)

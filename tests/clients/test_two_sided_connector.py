@@ -69,8 +69,8 @@ def clear(state: State) -> None:
 class Deployment:
     """Prefills 0, 1, ... and decoders 100, 101, ... of one layout. The seed of a prefill is its number + 1."""
 
-    def __init__(self, members: Callable[[str], Member], free_port: Callable[[], int], layout: str) -> None:
-        self._members = members
+    def __init__(self, take: Callable[[str], Member], free_port: Callable[[], int], layout: str) -> None:
+        self._take = take  # gives a process
         self._free_port = free_port
         self._layout = layout
         self.ports: dict[int, int] = {}
@@ -80,7 +80,7 @@ class Deployment:
     def start(self, prefills: int, decoders: int, **options: Any) -> Deployment:
         starting = [self.start_prefill(number, number + 1, **options) for number in range(prefills)]
         for number in range(decoders):
-            self.decoders.append(self._members(f"decoder {number}"))
+            self.decoders.append(self._take(f"decoder {number}"))
             arguments = (LLMRole.DECODER, 100 + number, self._layout)
             starting.append(self.decoders[-1].start(start, *arguments, **options))
         for call in starting:
@@ -89,7 +89,7 @@ class Deployment:
 
     def start_prefill(self, number: int, seed: int, **options: Any) -> Call:
         port = self.ports.setdefault(number, self._free_port())
-        process = self.prefills[number] = self._members(f"prefill {number} with seed {seed}")
+        process = self.prefills[number] = self._take(f"prefill {number} with seed {seed}")
         return process.start(start, LLMRole.PROMPT, number, self._layout, seed, port, **options)
 
     def stop(self) -> None:
@@ -109,9 +109,10 @@ Deploy = Callable[..., Deployment]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_decoders_pull_from_prefills(deploy: Deploy, layout: str) -> None:
+def test_decoders_pull_from_prefills(crew: list[Member], free_port: Callable[[], int], layout: str) -> None:
     """Two of each; every decoder links to both prefills at the same time, at its first pulls."""
-    deployment = deploy(layout, 2, 2)
+    idle = iter(crew)
+    deployment = Deployment(lambda name: next(idle), free_port, layout).start(2, 2)
     choice = random.Random(layout)
     for _ in range(3):
         calls, expected = [], []
