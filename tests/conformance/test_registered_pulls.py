@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_datadist import (
@@ -100,6 +102,15 @@ def test_C239_pulls_in_the_other_direction(link_registering: Link) -> None:
     assert linked.peer.outcome("pull_cache", CacheKey(DECODER, 9), there, 1) is OK
     assert linked.peer.slot(there, 3, 1) == payload_slot(2, 3, 0) == mine.slot(3, 0)
     assert linked.peer.untouched(there, 3, 0, 2, 3)
+
+
+def test_C239_a_block_by_its_number(link_registering: Link) -> None:
+    """By the id of a blocks cache a slot is one of its blocks."""
+    linked = link_registering()
+    there, mine = linked.peer.register(seed=1, blocks=True), linked.register()
+    linked.manager.pull_cache(by_id(there, 2), mine.cache, 1)
+    for tensor in range(4):
+        assert_only(mine, {1: payload_slot(1, tensor, 2)}, tensor)
 
 
 def test_C239_size_and_layers(link_registering: Link) -> None:
@@ -266,6 +277,44 @@ def test_C242_layers_of_blocks(link_registering: Link) -> None:
     assert_only(mine, {0: payload_slot(1, 2, 3)}, 3)
     assert mine.untouched(0)
     assert mine.untouched(1)
+
+
+def test_C242_random_tables_of_blocks(link_registering: Link) -> None:
+    """Block sizes, numbers of blocks and layers of every kind; neighbours are as likely as blocks far apart."""
+    linked, choice = link_registering(remote_access=True), random.Random(242)
+    for model_id in range(40):
+        blocks, nbytes, tensors = (
+            choice.randint(1, 80),
+            choice.choice([1, 7, 64, 511, 4096, 4097]),
+            choice.randint(1, 6),
+        )
+        key, shape = BlocksCacheKey(PROMPT, model_id), (blocks, nbytes)
+        there = linked.peer.register(tensors, shape, seed=1, blocks_key=key)
+        mine = linked.register(tensors, (blocks + choice.randint(0, 9), nbytes), blocks=True)
+        expected = [array.copy() for array in mine.tensors]
+        sent = [payload(1, tensor, blocks * nbytes).reshape(shape) for tensor in range(tensors)]
+        for _ in range(3):
+            count = choice.randint(1, blocks)
+            source = sorted(choice.choices(range(blocks), k=count)) if choice.random() < 0.5 else list(range(count))
+            target = choice.sample(range(len(expected[0])), count)
+            if choice.random() < 0.5:
+                target.sort()
+            layers = choice.randint(1, tensors)
+            src_first, dst_first = choice.randint(0, tensors - layers), choice.randint(0, tensors - layers)
+            linked.manager.pull_blocks(
+                key,
+                mine.cache,
+                source,
+                target,
+                src_layer_range=range(src_first, src_first + layers),
+                dst_layer_range=range(dst_first, dst_first + layers),
+                tensor_num_per_layer=1,
+            )
+            for layer in range(layers):
+                expected[dst_first + layer][target] = sent[src_first + layer][source]
+        assert all(np.array_equal(array, wanted) for array, wanted in zip(mine.tensors, expected))
+        linked.manager.unregister_cache(mine.cache.cache_id)
+        assert linked.peer.outcome("unregister_cache", there.cache_id) is OK
 
 
 def test_C242_the_way_is_in_the_description_of_the_link(link_registering: Link) -> None:
