@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 
+from llm_datadist._segment import HUGE_PAGE
 from llm_datadist.devices.huge_pages import create_pool_segment
 from llm_datadist.status import LLMException, LLMStatusCode
 
 # Pages are taken in pieces, so that a very large cache cannot hold its caller up; the rest is paid at first touch.
-_PREPARE_PIECE = 2 << 20
+_PREPARE_PIECE = HUGE_PAGE
+_PREPARE_AT_ONCE = 16  # pieces; one request to the kernel has a cost of its own
 _PREPARE_SECONDS = 0.25
 
 
@@ -52,10 +54,11 @@ class HostPool:
         give_up = time.monotonic() + _PREPARE_SECONDS
         piece = self._prepared.find(0, offset // _PREPARE_PIECE, end)
         while piece >= 0 and time.monotonic() < give_up:
+            stop = min(piece + _PREPARE_AT_ONCE, end)
             first = piece * _PREPARE_PIECE
-            self.segment.populate(first, min(_PREPARE_PIECE, self.capacity - first))
-            self._prepared[piece] = 1
-            piece = self._prepared.find(0, piece, end)
+            self.segment.populate(first, min(stop * _PREPARE_PIECE, self.capacity) - first)
+            self._prepared[piece:stop] = b"\1" * (stop - piece)
+            piece = self._prepared.find(0, stop, end)
 
     def memory(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.segment)[offset : offset + nbytes]

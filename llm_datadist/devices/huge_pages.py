@@ -1,8 +1,8 @@
-"""Huge pages for a pool, where the system offers them: fewer look-ups of addresses while a copy runs.
+"""Huge pages for a pool, where the system has them: fewer look-ups of addresses while a copy runs, and fewer faults.
 
 The first that is to be had: pages that the administrator keeps in reserve (``vm.nr_hugepages``), if they cover the
-pool; transparent ones, if ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` lets shared memory have them on advice;
-ordinary pages.
+pool; transparent ones, taken as caches are allocated (Linux 6.1, unless
+``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` is ``deny``); ordinary pages.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ _log = logging.getLogger("llm_datadist")
 
 VARIABLE = "LLM_DATADIST_HUGE_PAGES"  # environment: "auto" (default) or "off"
 _MEMINFO = Path("/proc/meminfo")
-_SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-_ON_ADVICE = ("[always]", "[within_size]", "[advise]", "[force]")
 
 
 def create_pool_segment(name: str, capacity: int, *, peers_may_write: bool) -> Segment:
@@ -46,8 +44,8 @@ def create_pool_segment(name: str, capacity: int, *, peers_may_write: bool) -> S
             _log.info("the pool of %d bytes lies on reserved huge pages", capacity)
             return segment
     segment = Segment.create(name, capacity, peers_may_write=peers_may_write)
-    if wanted == "auto" and _may_advise() and segment.advise_huge_pages():
-        _log.info("the pool of %d bytes may lie on transparent huge pages", capacity)
+    if wanted == "auto":
+        segment.prefer_huge_pages()
     return segment
 
 
@@ -61,10 +59,3 @@ def _free_reserve() -> int:
     if numbers.get("Hugepagesize", 0) * 1024 != HUGE_PAGE:
         return 0
     return (numbers.get("HugePages_Free", 0) - numbers.get("HugePages_Rsvd", 0)) * HUGE_PAGE
-
-
-def _may_advise() -> bool:
-    try:
-        return any(word in _ON_ADVICE for word in _SHMEM_ENABLED.read_text(encoding="ascii").split())
-    except OSError:
-        return False
