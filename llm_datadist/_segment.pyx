@@ -148,7 +148,7 @@ cdef class Segment:
     def prefer_huge_pages(self):
         """Let `populate` take huge pages where the kernel gives them."""
         self.huge_pages = True
-        madvise(<void *>self.base, self.size, MADV_HUGEPAGE)  # for kernels that cannot widen; refused where there are none
+        madvise(<void *>self.base, self.size, MADV_HUGEPAGE)  # for kernels that cannot widen; no harm if refused
 
     def close(self):
         """Close the descriptor now and unmap as soon as no buffer refers to the memory."""

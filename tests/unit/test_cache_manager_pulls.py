@@ -125,7 +125,7 @@ def test_pulls_of_blocks(manager: CacheManager) -> None:
     manager.pull_blocks(BlocksCacheKey(7), cache, [0], [1], token=b"t", src_layer_range=range(1))
     assert asked(manager) == [
         ("pull_blocks", (7, (KeyKind.BLOCKS, 0, 3), 1, source, target, None, None, None)),
-        ("pull_blocks", (7, (KeyKind.BLOCKS, 0, 0), 1, [5], [6], None, None, None)),
+        ("pull_blocks", (7, (KeyKind.BLOCKS, 0, 0), 1, (5,), (6,), None, None, None)),
         ("pull_blocks", (7, (KeyKind.BLOCKS, 0, 0), 1, [0], [1], (0, 2), None, b"t")),
     ]
 
@@ -139,7 +139,7 @@ def test_a_slot_is_cut_into_blocks(manager: CacheManager) -> None:
     manager.pull_blocks(CacheKeyByIdAndIndex(7, 5, 1), cache, (), [0])
     assert asked(manager) == [
         ("pull_blocks", (7, (KeyKind.ORDINARY, 10, 3), 1, None, [2, 3], None, None, None)),
-        ("pull_blocks", (7, (KeyKind.PREFIX, 4, 3), 1, None, [1], (0, 2), None, None)),
+        ("pull_blocks", (7, (KeyKind.PREFIX, 4, 3), 1, None, (1,), (0, 2), None, None)),
         ("pull_blocks", (7, (KeyKind.CACHE, 5, 1), 1, None, [0], None, None, None)),
     ]
     for key in (CacheKey(7, 10), CacheKeyByIdAndIndex(7, 5)):
@@ -236,7 +236,7 @@ def test_pushes_of_blocks(pusher: CacheManager) -> None:
     pusher.push_blocks(BlocksCacheKey(7, 3), cache, (0, 1), [2, 3])
     pusher.push_blocks(BlocksCacheKey(7), cache, [0], [0], range(1, 2), range(1), 2)
     assert asked(pusher) == [
-        ("push_blocks", (7, (KeyKind.BLOCKS, 0, 3), 1, [0, 1], [2, 3], (0, 4), (0, 4))),
+        ("push_blocks", (7, (KeyKind.BLOCKS, 0, 3), 1, (0, 1), [2, 3], (0, 4), (0, 4))),
         ("push_blocks", (7, (KeyKind.BLOCKS, 0, 0), 1, [0], [0], (2, 2), (0, 2))),
     ]
 
