@@ -9,6 +9,7 @@ from llm_datadist.buf_pool_option import KEY as BUF_POOL
 from llm_datadist.buf_pool_option import parse_buf_pool
 from llm_datadist.cache_manager_options import read_cache_manager_options, wants_cache_manager
 from llm_datadist.cluster_info_option import CLUSTER_INFO, own_cluster
+from llm_datadist.engine.copy_threads import MAX_THREADS
 from llm_datadist.engine.options import EngineOptions, SizeClass
 from llm_datadist.known_options import warn_of_unknown
 from llm_datadist.mode_rules import ModeRules
@@ -16,6 +17,7 @@ from llm_datadist.option_text import is_decimal, option_number, option_text
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument
 
+COPY_THREADS = "llm.CopyThreads"
 MEMORY_SIZE = "ge.flowGraphMemMaxSize"
 MEMORY_UTILIZATION = "llm.MemoryUtilization"
 ROLE = "llm.Role"
@@ -76,6 +78,7 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
         sync_kv_timeout_ms=_sync_kv_timeout_ms(options),
         pool_bytes=sum(size_class.total_size for size_class in classes) if classes else pool_bytes,
         buf_pool_classes=classes,
+        copy_threads=_copy_threads(options),
     )
     return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text}, ModeRules())
 
@@ -91,6 +94,7 @@ def _read_cache_manager(role: LLMRole, cluster_id: int, options: dict[str, str])
         enable_switch_role=_enable_switch_role(options),
         sync_kv_timeout_ms=_sync_kv_timeout_ms(options),
         cache_manager=init.options,
+        copy_threads=_copy_threads(options),
     )
     return InitOptions(engine, {}, init.rules)
 
@@ -130,6 +134,10 @@ def _enable_switch_role(options: dict[str, str]) -> bool:
 def _sync_kv_timeout_ms(options: dict[str, str]) -> int:
     timeout_ms = option_number(SYNC_KV_TIMEOUT, option_text(options, SYNC_KV_TIMEOUT), 1, INT32_MAX)
     return EngineOptions.sync_kv_timeout_ms if timeout_ms is None else timeout_ms
+
+
+def _copy_threads(options: dict[str, str]) -> int | None:
+    return option_number(COPY_THREADS, option_text(options, COPY_THREADS), 1, MAX_THREADS)
 
 
 def _buf_pool_classes(options: dict[str, str]) -> tuple[SizeClass, ...]:

@@ -7,12 +7,14 @@ import logging
 
 _log = logging.getLogger("llm_datadist")
 
-# Every documented key of the component's own name space; other name spaces (ge., hccl.) are the business of others.
+# Every documented key of the component's own name space, and llm.CopyThreads, which is an addition of this library;
+# other name spaces (ge., hccl.) are the business of others.
 _PREFIX = "llm."
 _KNOWN = frozenset(
     {
         "llm.BufPoolCfg",
         "llm.ClusterInfo",
+        "llm.CopyThreads",
         "llm.EnableCacheManager",
         "llm.EnableRemoteCacheAccessible",
         "llm.EnableSwitchRole",

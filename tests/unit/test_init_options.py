@@ -255,7 +255,18 @@ def test_a_timeout_that_cannot_be_used(value: str) -> None:
     refused("llm.SyncKvCacheWaitTime", llm__SyncKvCacheWaitTime=value)
 
 
-@pytest.mark.parametrize("name", ["llm__EnableSwitchRole", "llm__SyncKvCacheWaitTime", "llm__BufPoolCfg"])
+@pytest.mark.parametrize("value", ["", "0", "65", "-1", "two", "1.5"])
+def test_copy_threads_that_cannot_be(value: str) -> None:
+    refused("llm.CopyThreads is .* should be a decimal number in", llm__CopyThreads=value)
+
+
+@pytest.mark.parametrize("mode", [{}, {"llm__EnableCacheManager": "1"}])
+def test_copy_threads(mode: dict[str, str]) -> None:
+    assert read(**mode).engine.copy_threads is None
+    assert read(**mode, llm__CopyThreads="64").engine.copy_threads == 64
+
+
+@pytest.mark.parametrize("name", ["llm__EnableSwitchRole", "llm__SyncKvCacheWaitTime", "llm__BufPoolCfg", "llm__CopyThreads"])
 def test_values_are_text(name: str) -> None:
     with pytest.raises(TypeError, match="only support str"):
         read(**{name: 1})
