@@ -65,8 +65,8 @@ typecheck: setup
 	rm -rf build/types
 	mkdir -p build/types/llm_datadist
 	ln -s $(CURDIR)/llm_datadist/* $(CURDIR)/cluster $(CURDIR)/tools $(CURDIR)/examples build/types/llm_datadist/
-	ln -s $(CURDIR)/llm_datadist_v1 $(CURDIR)/tests/typing/whole_api.py build/types/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist -p llm_datadist_v1 -m whole_api
+	ln -s $(CURDIR)/llm_datadist_v1 $(CURDIR)/benchmarks $(CURDIR)/tests/typing/whole_api.py build/types/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p llm_datadist -p llm_datadist_v1 -p benchmarks -m whole_api
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -81,9 +81,9 @@ conformance: setup
 docs: setup
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
+# With NIXL beside it, once make bench-peers was run.
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
-	$(BIN)/python -m benchmarks.registered $(if $(wildcard $(PEERS)),--nixl $(PEERS)) $(ARGS)
 
 # Environments of others, for comparisons. torch comes first, in its CPU build: else the others pull in a CUDA stack.
 PEERS := build/peers/bin/python

@@ -1,100 +1,62 @@
-"""Run the benchmarks and print a table, or JSON for machines."""
+"""Run the benchmarks: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
-import json
-import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from llm_datadist import LLMClusterInfo, LLMDataDist, LLMRole, LLMStatusCode
-from llm_datadist.cluster.local import LocalGroup, LocalWorker
+from .limits import Limits
+from .nixl_reads import NixlReads
+from .results import as_document, save
+from .table import as_table
+from .topics import TOPICS
 
-from .prompt_process import CLUSTER, new_datadist, serve
-from .pulls import Decoder, Measurement, measure_memcpy
-
-WAIT_S = 60.0
-HOLD_S = 4
-
-
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-def main(as_json: bool) -> None:
-    """Measure pulls between two processes of this host; the prompt idle, then with its interpreter lock held."""
-    with LocalGroup() as group:
-        port = free_port()
-        worker = group.start("prompt", serve, port)
-        answer(worker)
-        datadist = new_datadist(LLMRole.DECODER, CLUSTER + 1)
-        try:
-            link(datadist, port)
-            decoder = Decoder(datadist.kv_cache_manager)
-            results = {"prompt idle": [measure_memcpy(), *decoder.measure_all()]}
-            for way in ("c call", "python loop"):
-                worker.connection.send(("hold", way, HOLD_S))
-                answer(worker)
-                results[f"prompt holds its lock in a {way}"] = list(decoder.measure_all())
-                if worker.connection.poll():
-                    raise click.ClickException("the prompt let its lock go before the measurement ended")
-                answer(worker)
-            worker.connection.send(None)
-            worker.wait(WAIT_S)
-        finally:
-            datadist.finalize()
-    if as_json:
-        print(json.dumps({state: [as_dict(item) for item in items] for state, items in results.items()}, indent=2))
-    else:
-        show(results)
+PEERS = Path("build/peers/bin/python")
+_WIDTH = 150  # columns, where the output is no terminal
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--only", "names", multiple=True, type=click.Choice(list(TOPICS)), help="Topic to measure; may be given many times."
+)
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here too.")
+@click.option(
+    "--peers/--no-peers", "peers", default=None, help="Measure NIXL beside us.  [default: if build/peers exists]"
+)
+@click.option(
+    "--peers-python",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=PEERS if PEERS.exists() else None,
+    help="Interpreter of an environment that has nixl.  [default: that of make bench-peers]",
+)
+def main(names: tuple[str, ...], path: Path | None, peers: bool | None, peers_python: Path | None) -> None:
+    """Measure how fast KV caches travel, beside the limits of this machine.
 
-
-def answer(worker: LocalWorker) -> object:
-    if not worker.connection.poll(WAIT_S):
-        raise click.ClickException("the prompt process does not answer")
-    return worker.connection.recv()
-
-
-def link(datadist: LLMDataDist, port: int) -> None:
-    info = LLMClusterInfo()
-    info.remote_cluster_id = CLUSTER
-    info.append_local_ip_info("127.0.0.1", 0)
-    info.append_remote_ip_info("127.0.0.1", port)
-    overall, _ = datadist.link_clusters([info])
-    if overall != LLMStatusCode.LLM_SUCCESS:
-        raise click.ClickException(f"linking failed: {overall}")
-
-
-def as_dict(item: Measurement) -> dict[str, object]:
-    return {
-        "name": item.name,
-        "bytes": item.nbytes,
-        "runs": len(item.seconds),
-        "median_us": round(item.median_us, 2),
-        "p99_us": round(item.p99_us, 2),
-        "gb_per_s": round(item.gb_per_s, 2),
-    }
-
-
-def show(results: dict[str, list[Measurement]]) -> None:
-    console = Console()
-    for state, items in results.items():
-        table = Table(title=state, title_justify="left")
-        table.add_column("operation")
-        for column in ("runs", "median us", "p99 us", "GB/s"):
-            table.add_column(column, justify="right")
-        for item in items:
-            table.add_row(
-                item.name, str(len(item.seconds)), f"{item.median_us:.1f}", f"{item.p99_us:.1f}", f"{item.gb_per_s:.2f}"
-            )
-        console.print(table)
+    A run of all topics also writes benchmarks/results/<date>.json. Let the machine do nothing else meanwhile.
+    """
+    if peers and peers_python is None:
+        raise click.UsageError("--peers needs the environment of 'make bench-peers', or --peers-python")
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    rows = []
+    with ExitStack() as opened:
+        nixl = None
+        if peers_python is not None and peers is not False:
+            nixl = opened.enter_context(NixlReads(str(peers_python)))
+        limits = Limits()
+        for name in names or TOPICS:
+            with console.status(f"measuring {name}"):
+                measured = list(TOPICS[name](limits, nixl))
+            console.print(as_table(measured))
+            rows += measured
+    document = as_document(rows, nixl is not None)
+    if path is not None:
+        save(document, path)
+    if not names:
+        console.print(f"written to {save(document)}")
 
 
 if __name__ == "__main__":

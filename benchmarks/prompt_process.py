@@ -1,72 +1,124 @@
-"""The prompt of the benchmarks: offers caches, and can hold its interpreter lock."""
+"""The prompt of the benchmarks: offers caches to pull, and can hold its interpreter lock."""
 
 from __future__ import annotations
 
 import ctypes
+import socket
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMConfig, LLMDataDist, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, KvCache, KvCacheManager, LLMDataDist, LLMRole
+from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.views import tensor_view
 
-CLUSTER = 1
+from .instances import answer, free_port, link, new_datadist
+
+PROMPT, DECODER = 1, 2
 ANY_REQUEST = 2**64 - 1
-PREFIX = 1
+PREFIX = 1  # a prefix key stays when it was pulled
+END = None
 
-CONTIGUOUS = CacheDesc(2, (1, 32 << 20), DataType.DT_UINT8)  # 64 MiB
-BLOCKS_64K = CacheDesc(2, (512, 64 << 10), DataType.DT_UINT8)  # 64 MiB
-BLOCKS_16K = CacheDesc(2, (1024, 16 << 10), DataType.DT_UINT8)  # 32 MiB
-MODEL_64K, MODEL_16K = 0, 1
-
-POOL_BYTES = 256 << 20
+HELD_IN_C = "C call"
+HELD_IN_PYTHON = "python loop"
+_TURNS = 10_000  # of the loop between two looks at the connection
 
 
-def new_datadist(role: LLMRole, cluster_id: int, listen: str = "") -> LLMDataDist:
-    """Make an initialised instance with a pool that holds the caches above."""
-    config = LLMConfig()
-    config.device_id = 0
-    config.mem_utilization = 1.0
-    config.sync_kv_timeout = 10_000
-    config.ge_options = {"ge.flowGraphMemMaxSize": str(POOL_BYTES)}
-    config.listen_ip_info = listen
-    datadist = LLMDataDist(role, cluster_id)
-    datadist.init(config.generate_options())
-    return datadist
+@contextmanager
+def linked_pair(offers: dict[int, CacheDesc], copies: int = 1) -> Iterator[tuple[LLMDataDist, Connection]]:
+    """Run a prompt that offers caches, and a decoder in this process that is linked to it.
+
+    Parameters
+    ----------
+    offers : dict of int to CacheDesc
+        Caches by the model that their keys have. Those with one slot are pulled as caches, others as blocks.
+    copies : int
+        How many of each the decoder has room for.
+    """
+    port = free_port()
+    with LocalGroup() as group:
+        worker = group.start("prompt", serve, port, offers)
+        answer(worker.connection)
+        datadist = new_datadist(LLMRole.DECODER, DECODER, copies * pool_for(offers))
+        try:
+            link(datadist, PROMPT, port)
+            yield datadist, worker.connection
+            worker.connection.send(END)
+        finally:
+            datadist.finalize()
 
 
-def serve(connection: Connection, port: int) -> None:
-    """Offer the caches, then do what the other end says: ``("hold", way, seconds)``, or None to end."""
-    datadist = new_datadist(LLMRole.PROMPT, CLUSTER, f"127.0.0.1:{port}")
-    manager = datadist.kv_cache_manager
-    caches = [
-        manager.allocate_cache(CONTIGUOUS, [CacheKey(CLUSTER, ANY_REQUEST, 0, PREFIX)]),
-        manager.allocate_blocks_cache(BLOCKS_64K, BlocksCacheKey(CLUSTER, MODEL_64K)),
-        manager.allocate_blocks_cache(BLOCKS_16K, BlocksCacheKey(CLUSTER, MODEL_16K)),
-    ]
-    for cache in caches:
-        for tensor in range(2):
-            tensor_view(cache, tensor)[...] = tensor + 1
+def pool_for(offers: dict[int, CacheDesc]) -> int:
+    """Bytes of a pool that holds one of each cache."""
+    total = 1 << 20
+    for desc in offers.values():
+        nbytes = 1
+        for dimension in desc.shape:
+            nbytes *= dimension
+        total += desc.num_tensors * (nbytes + 512)
+    return total
+
+
+def serve(connection: Connection, port: int, offers: dict[int, CacheDesc]) -> None:
+    """Offer the caches, then hold the interpreter lock in the way that the other end names, until it says something."""
+    datadist = new_datadist(LLMRole.PROMPT, PROMPT, pool_for(offers), port)
+    offered = [_offer(datadist.kv_cache_manager, model, desc) for model, desc in offers.items()]
     connection.send("ready")
     while True:
         order = connection.recv()
-        if order is None:
+        if order is END:
             break
-        _, way, seconds = order
         connection.send("holding")
-        hold(way, seconds)
-        connection.send("done")
+        _hold(order, connection.fileno())
+        connection.recv()
+        connection.send("free")
+    del offered
     datadist.finalize()
 
 
-def hold(way: str, seconds: int) -> None:
-    """Hold this process's interpreter lock: in a C call that does not release it, or in a Python loop."""
-    if way == "c call":
-        ctypes.PyDLL(None).sleep(seconds)
+def _offer(manager: KvCacheManager, model: int, desc: CacheDesc) -> KvCache:
+    if desc.shape[0] == 1:
+        cache = manager.allocate_cache(desc, [cache_key(model)])
+    else:
+        cache = manager.allocate_blocks_cache(desc, BlocksCacheKey(PROMPT, model))
+    for tensor in range(desc.num_tensors):
+        tensor_view(cache, tensor)[...] = tensor % 120 + 1
+    return cache
+
+
+def cache_key(model: int) -> CacheKey:
+    return CacheKey(PROMPT, ANY_REQUEST, model, PREFIX)
+
+
+def bytes_desc(num_tensors: int, slots: int, slot_bytes: int) -> CacheDesc:
+    return CacheDesc(num_tensors, (slots, slot_bytes), DataType.DT_UINT8)
+
+
+@contextmanager
+def holding(connection: Connection, way: str) -> Iterator[None]:
+    """Let the prompt hold its interpreter lock inside of the ``with`` block."""
+    connection.send(way)
+    answer(connection)
+    try:
+        yield
+        if connection.poll():
+            raise RuntimeError("the prompt let its lock go before the measurement ended")
+    finally:
+        connection.send("enough")
+        answer(connection)
+
+
+def _hold(way: str, descriptor: int) -> None:
+    """Hold the lock until there is something to read: in a C call that keeps it, or in a Python loop."""
+    receive = ctypes.PyDLL(None).recv  # unlike CDLL, PyDLL calls with the lock held
+    byte = ctypes.create_string_buffer(1)
+    if way == HELD_IN_C:
+        receive(descriptor, byte, 1, socket.MSG_PEEK)
         return
     interval = sys.getswitchinterval()
     sys.setswitchinterval(5.0)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pass
+    while receive(descriptor, byte, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) < 0:
+        for _ in range(_TURNS):
+            pass
     sys.setswitchinterval(interval)

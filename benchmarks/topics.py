@@ -1,0 +1,25 @@
+"""What can be measured, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from . import allocation, arguments, held_prompt, layers, limits, links, local_copies, pulls, registered, start_up
+from .limits import Limits
+from .measurement import Row
+from .nixl_reads import NixlReads
+
+Topic = Callable[[Limits, "NixlReads | None"], Iterator[Row]]
+
+TOPICS: dict[str, Topic] = {
+    "limits": lambda machine, nixl: limits.measure(machine),
+    "pulls": pulls.measure,
+    "held": lambda machine, nixl: held_prompt.measure(),
+    "registered": registered.measure,
+    "copies": lambda machine, nixl: local_copies.measure(machine),
+    "allocation": lambda machine, nixl: allocation.measure(),
+    "arguments": lambda machine, nixl: arguments.measure(),
+    "layers": lambda machine, nixl: layers.measure(),
+    "links": lambda machine, nixl: links.measure(),
+    "start-up": lambda machine, nixl: start_up.measure(),
+}
