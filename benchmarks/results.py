@@ -31,17 +31,3 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
         path = FOLDER / f"{document['date'][:10]}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a document.
-
-    Raises
-    ------
-    ValueError
-        The file holds no results.
-    """
-    document = json.loads(path.read_text())
-    if not isinstance(document, dict) or "rows" not in document:
-        raise ValueError(f"{path} holds no results of the benchmarks: it has no rows")
-    return document

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
-from llm_datadist import BlocksCacheKey, CacheDesc, KvCache, KvCacheManager
+from llm_datadist import BlocksCacheKey, CacheDesc, KvCacheManager
 
+from .limits import ROUNDS
+from .measurement import Operation
 from .prompt_process import PROMPT, bytes_desc, cache_key
 
 KIB = 1 << 10
@@ -53,6 +56,10 @@ class Work:
         return TENSORS * self.moved * self.block_bytes
 
     @property
+    def runs_a_round(self) -> int:
+        return -(-self.runs // ROUNDS)
+
+    @property
     def is_small(self) -> bool:
         """Whether the time of a call counts, and not the speed of memory."""
         return self.nbytes <= MIB
@@ -93,19 +100,15 @@ class Puller:
     """Does the work by pulling from the prompt, which offers each piece as the model of its place in the list."""
 
     def __init__(self, manager: KvCacheManager, works: tuple[Work, ...] = ALL) -> None:
-        self._manager = manager
-        self._model = {work: model for model, work in enumerate(works)}
-        self._caches = {work: self._allocate(work) for work in works}
-        self._blocks = {work: work.block_lists() for work in works}
+        self._pulls = {work: _pull(manager, model, work) for model, work in enumerate(works)}
 
-    def pull(self, work: Work) -> None:
-        model = self._model[work]
-        if work.blocks == 1:
-            self._manager.pull_cache(cache_key(model), self._caches[work])
-        else:
-            self._manager.pull_blocks(BlocksCacheKey(PROMPT, model), self._caches[work], *self._blocks[work])
+    def operation(self, work: Work) -> Operation:
+        """Give the call that does a piece of work, with its arguments at hand."""
+        return self._pulls[work]
 
-    def _allocate(self, work: Work) -> KvCache:
-        if work.blocks == 1:
-            return self._manager.allocate_cache(work.desc)
-        return self._manager.allocate_blocks_cache(work.desc)
+
+def _pull(manager: KvCacheManager, model: int, work: Work) -> Operation:
+    if work.blocks == 1:
+        return partial(manager.pull_cache, cache_key(model), manager.allocate_cache(work.desc))
+    cache = manager.allocate_blocks_cache(work.desc)
+    return partial(manager.pull_blocks, BlocksCacheKey(PROMPT, model), cache, *work.block_lists())
