@@ -107,7 +107,7 @@ def _compared(
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda at, _: _size(at))
-    figure.legend(loc="lower left", ncols=len(_STYLE), frameon=False, fontsize=8)
+    figure.legend(loc="lower left", bbox_to_anchor=(0, 0.02), ncols=len(_STYLE), frameon=False, fontsize=8)
     _label(axes, across, up, title)
     yield figure
 
@@ -146,7 +146,7 @@ def _panels(rows: list[Row], panels: tuple[tuple[str, str, str, str], ...]) -> I
         axes.set_xscale("symlog" if at[0] == 0 else "log")
         axes.set_xticks(at, [_plain(number) for number in at], rotation=45, fontsize=8)
         axes.set_xticks([], minor=True)
-        if max(values) > 20 * min(values):
+        if max(values) > 100 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain)
             axes.yaxis.set_minor_formatter(lambda *_: "")
@@ -170,7 +170,7 @@ def _save(figure: Any, path: Path, document: dict[str, Any]) -> Path:
     machine = document["machine"]
     words = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, {document['date'][:10]}; medians"
     figure.text(0.99, 0.005, words, ha="right", fontsize=6, color="#777777")
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=_DPI)
     pyplot.close(figure)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from llm_datadist.tools.bench.command import bench
 from llm_datadist.tools.demo.command import demo
 
 
@@ -12,6 +13,7 @@ def main() -> None:
     """Move the KV cache of language models from prefill processes to decode processes."""
 
 
+main.add_command(bench)
 main.add_command(demo)
 
 if __name__ == "__main__":
