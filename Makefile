@@ -18,8 +18,8 @@ help:
 	@echo "make format   rewrite the Python files in the form that make lint asks for"
 	@echo "make docs     the user guide, in build/docs"
 	@echo "make conformance   the tests of the documented interface, line by line, and docs/conformance.md"
-	@echo "make bench    the benchmarks (options: make bench ARGS='--only pulls'); with NIXL once there are peers"
-	@echo "make bench-peers   the environment of NIXL, in build/peers"
+	@echo "make bench    the benchmarks (options: make bench ARGS='--only pulls'); with others once there are peers"
+	@echo "make bench-peers   the environment of NIXL and Mooncake, in build/peers"
 	@echo "make wheel    wheel and source distribution in dist/"
 	@echo "make setup    .venv with the package (editable) and all that the targets above need"
 	@echo "make clean    remove everything that was built"
@@ -82,16 +82,18 @@ conformance: setup
 docs: setup
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
-# With NIXL beside it, once make bench-peers was run.
+# With NIXL and Mooncake beside it, once make bench-peers was run.
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Environments of others, for comparisons. torch comes first, in its CPU build: else the others pull in a CUDA stack.
+# Mooncake is left out of the measurements where the system has no libibverbs (Debian: libibverbs1).
 PEERS := build/peers/bin/python
 bench-peers:
 	$(PYTHON) -m venv --clear build/peers
 	$(PEERS) -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
 	$(PEERS) -m pip install --quiet --disable-pip-version-check nixl==1.5.1
+	$(PEERS) -m pip install --quiet --disable-pip-version-check --no-deps mooncake-transfer-engine-non-cuda==0.3.13.post1
 
 wheel: setup
 	$(REQUIRE_PACKAGE) build

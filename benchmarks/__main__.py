@@ -10,13 +10,13 @@ import click
 from rich.console import Console
 
 from .limits import Limits
-from .nixl_reads import NixlReads
+from .peer_reads import PEERS, PeerReads, missing_peers
 from .plots import draw
 from .results import as_document, save
 from .table import as_table
 from .topics import TOPICS
 
-PEERS = Path("build/peers/bin/python")
+PEERS_PYTHON = Path("build/peers/bin/python")
 _WIDTH = 150  # columns, where the output is no terminal
 
 
@@ -26,13 +26,16 @@ _WIDTH = 150  # columns, where the output is no terminal
 )
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here too.")
 @click.option(
-    "--peers/--no-peers", "peers", default=None, help="Measure NIXL beside us.  [default: if build/peers exists]"
+    "--peers/--no-peers",
+    "peers",
+    default=None,
+    help="Measure others beside us.  [default: if build/peers exists]",
 )
 @click.option(
     "--peers-python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=PEERS if PEERS.exists() else None,
-    help="Interpreter of an environment that has nixl.  [default: that of make bench-peers]",
+    default=PEERS_PYTHON if PEERS_PYTHON.exists() else None,
+    help="Interpreter of an environment that has them.  [default: that of make bench-peers]",
 )
 def main(names: tuple[str, ...], path: Path | None, peers: bool | None, peers_python: Path | None) -> None:
     """Measure how fast KV caches travel, beside the limits of this machine.
@@ -45,16 +48,19 @@ def main(names: tuple[str, ...], path: Path | None, peers: bool | None, peers_py
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     rows = []
     with ExitStack() as opened:
-        nixl = None
+        others = []
         if peers_python is not None and peers is not False:
-            nixl = opened.enter_context(NixlReads(str(peers_python)))
+            missing = dict(missing_peers(str(peers_python)))
+            for name, reason in missing.items():
+                console.print(f"without {name}: {reason}")
+            others = [opened.enter_context(PeerReads(name, str(peers_python))) for name in PEERS if name not in missing]
         limits = opened.enter_context(Limits())
         for name in names or TOPICS:
             with console.status(f"measuring {name}"):
-                measured = list(TOPICS[name](limits, nixl))
+                measured = list(TOPICS[name](limits, others))
             console.print(as_table(measured))
             rows += measured
-    document = as_document(rows, nixl is not None)
+    document = as_document(rows, [peer.name for peer in others])
     if path is not None:
         save(document, path)
     if not names:

@@ -10,7 +10,7 @@ from llm_datadist import BlocksCacheKey
 
 from .limits import Limits
 from .measurement import Row, time_us
-from .nixl_reads import NixlReads, NixlTimes
+from .peer_reads import PeerReads, PeerRounds
 from .prompt_process import PROMPT, bytes_desc, cache_key, linked_pair
 from .work import BLOCKS_64K, KIB, MIB, TENSORS, Puller, Work
 
@@ -30,24 +30,24 @@ BLOCKS_CURVE = "us over blocks"
 TENSORS_CURVE = "us over tensors"
 CACHES_CURVE = "us over caches of the prompt"
 
-# Names of lines in a plot; a curve and a line make the curve of a row.
-OURS, NIXL, LIMIT, MEMCPY = "llm_datadist", "NIXL", "non-temporal copy, all cores", "memcpy, one thread"
+# Names of lines in a plot; a curve and a line make the curve of a row. Peers have their own.
+OURS, LIMIT, MEMCPY = "llm_datadist", "non-temporal copy, all cores", "memcpy, one thread"
 
 
 def line(curve: str, name: str) -> str:
     return f"{curve}: {name}"
 
 
-def measure(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
+def measure(limits: Limits, peers: list[PeerReads]) -> Iterator[Row]:
     """Give one row a point."""
-    yield from _over_block_size(limits, nixl)
-    yield from _over_message_size(limits, nixl)
+    yield from _over_block_size(limits, peers)
+    yield from _over_message_size(limits, peers)
     yield from _over_blocks()
     yield from _over_tensors()
     yield from _over_caches()
 
 
-def _over_block_size(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
+def _over_block_size(limits: Limits, peers: list[PeerReads]) -> Iterator[Row]:
     """Move 64 MiB in blocks of each size, in random order."""
     total = BLOCKS_64K.nbytes // TENSORS
     works = tuple(
@@ -57,10 +57,10 @@ def _over_block_size(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
     with linked_pair({model: work.desc for model, work in enumerate(works)}) as (datadist, _):
         puller = Puller(datadist.kv_cache_manager, works)
         for work in works:
-            yield from _beside(BLOCK_SIZE_CURVE, work.block_bytes, work, puller, limits, nixl)
+            yield from _beside(BLOCK_SIZE_CURVE, work.block_bytes, work, puller, limits, peers)
 
 
-def _over_message_size(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
+def _over_message_size(limits: Limits, peers: list[PeerReads]) -> Iterator[Row]:
     """Move one range in each of two tensors."""
     works = tuple(
         Work(f"pull_cache, {_size(size)}", size // TENSORS, 1, 1, SMALL_RUNS if size <= MIB else RUNS)
@@ -69,18 +69,17 @@ def _over_message_size(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
     with linked_pair({model: work.desc for model, work in enumerate(works)}) as (datadist, _):
         puller = Puller(datadist.kv_cache_manager, works)
         for work in works:
-            yield from _beside(MESSAGE_CURVE, work.nbytes, work, puller, limits, nixl)
+            yield from _beside(MESSAGE_CURVE, work.nbytes, work, puller, limits, peers)
 
 
-def _beside(curve: str, at: int, work: Work, puller: Puller, limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
+def _beside(curve: str, at: int, work: Work, puller: Puller, limits: Limits, peers: list[PeerReads]) -> Iterator[Row]:
     """Measure one point of each line, in rounds."""
-    theirs = NixlTimes()
+    rounds = PeerRounds(peers, work)
     memcpy: list[float] = []
 
     def run_round() -> list[float]:
         memcpy.extend(time_us(partial(limits.memcpy, work.nbytes), 3, warm_up=1))
-        if nixl is not None:
-            theirs.add(nixl.read(work, 2))
+        rounds.run()
         return time_us(puller.operation(work), work.runs_a_round)
 
     taken, limit_us = limits.around(work.nbytes, run_round)
@@ -89,8 +88,8 @@ def _beside(curve: str, at: int, work: Work, puller: Puller, limits: Limits, nix
     if not work.is_small:  # else the limit is that of a call and not that of the memory
         points[LIMIT] = [limit_us]
         limit, note = limit_us, f"{limit_us / statistics.median(taken):.2f} of the limit"
-    if nixl is not None:
-        points[NIXL] = theirs.total_us
+    for name, times in rounds.times.items():
+        points[name] = times.total_us
     yield Row(TOPIC, work.name, taken, work.nbytes, limit_us=limit, note=note, point=(line(curve, OURS), float(at)))
     for name, values in points.items():
         yield Row(TOPIC, f"{name}, for {work.name}", values, work.nbytes, point=(line(curve, name), float(at)))

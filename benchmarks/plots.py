@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from . import allocation, curves, links
-from .curves import LIMIT, MEMCPY, NIXL, OURS, line
+from .curves import LIMIT, MEMCPY, OURS, line
+from .peer_reads import MOONCAKE, NIXL
 from .results import FOLDER
 
 Row = dict[str, Any]
@@ -22,6 +23,7 @@ _STYLE: dict[str, dict[str, Any]] = {
     LIMIT: {"color": "#444444", "marker": "", "linestyle": "--"},
     MEMCPY: {"color": "#999999", "marker": "", "linestyle": ":"},
     NIXL: {"color": "#d55e00", "marker": "s"},
+    MOONCAKE: {"color": "#009e73", "marker": "^"},
 }
 _DPI = 130
 

@@ -17,7 +17,7 @@ from llm_datadist.cluster.local import LocalGroup
 from .instances import WAIT_S, answer, free_port, link, new_cache_manager
 from .limits import Limits
 from .measurement import Row, time_us
-from .nixl_reads import NixlReads, NixlTimes
+from .peer_reads import PeerReads, PeerRounds
 from .prompt_process import DECODER, PROMPT
 from .work import BLOCKS_4K, BLOCKS_64K, FEW_BLOCKS, ONE_BLOCK, TENSORS, Work
 
@@ -46,7 +46,7 @@ def serve(connection: Connection, port: int) -> None:
     del tensors
 
 
-def measure(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
+def measure(limits: Limits, peers: list[PeerReads]) -> Iterator[Row]:
     """Pull registered blocks."""
     port = free_port()
     with LocalGroup() as group:
@@ -57,7 +57,7 @@ def measure(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
             link(datadist, PROMPT, port)
             tensors, caches = register(datadist.cache_manager)
             for model, work in enumerate(WORKS):
-                yield _measure(datadist.cache_manager, model, work, caches[work], limits, nixl)
+                yield _measure(datadist.cache_manager, model, work, caches[work], limits, peers)
             worker.connection.send(None)
             worker.wait(WAIT_S)
         finally:
@@ -66,20 +66,19 @@ def measure(limits: Limits, nixl: NixlReads | None) -> Iterator[Row]:
 
 
 def _measure(
-    manager: CacheManager, model: int, work: Work, cache: Cache, limits: Limits, nixl: NixlReads | None
+    manager: CacheManager, model: int, work: Work, cache: Cache, limits: Limits, peers: list[PeerReads]
 ) -> Row:
     pull = partial(manager.pull_blocks, BlocksCacheKey(PROMPT, model), cache, *work.block_lists())
-    theirs = NixlTimes()
+    rounds = PeerRounds(peers, work)
 
     def run_round() -> list[float]:
         taken = time_us(pull, work.runs_a_round)
-        if nixl is not None:
-            theirs.add(nixl.read(work))
+        rounds.run()
         return taken
 
     taken, limit_us = limits.around(work.nbytes, run_round)
     notes = [] if work.is_small else [f"{limit_us / statistics.median(taken):.2f} of the limit"]
-    if nixl is not None:
-        notes.append(f"{theirs.of(work) / statistics.median(taken):.1f} x NIXL")
+    for name in rounds.times:
+        notes.append(f"{rounds.times_ours(name, statistics.median(taken)):.1f} x {name}")
     limit = None if work.is_small else limit_us
     return Row(TOPIC, f"registered: {work.name}", taken, work.nbytes, limit_us=limit, note=", ".join(notes))

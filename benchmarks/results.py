@@ -14,12 +14,12 @@ from .measurement import Row
 FOLDER = Path(__file__).with_name("results")
 
 
-def as_document(rows: Sequence[Row], nixl: bool) -> dict[str, Any]:
+def as_document(rows: Sequence[Row], peers: Sequence[str] = ()) -> dict[str, Any]:
     """Put rows into a document that JSON can hold."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(),
-        "nixl": nixl,
+        "peers": list(peers),
         "rows": [row.as_dict() for row in rows],
     }
 

@@ -20,21 +20,21 @@ from . import (
 )
 from .limits import Limits
 from .measurement import Row
-from .nixl_reads import NixlReads
+from .peer_reads import PeerReads
 
-Topic = Callable[[Limits, "NixlReads | None"], Iterator[Row]]
+Topic = Callable[[Limits, "list[PeerReads]"], Iterator[Row]]
 
 TOPICS: dict[str, Topic] = {
-    "limits": lambda machine, nixl: limits.measure(machine),
+    "limits": lambda machine, peers: limits.measure(machine),
     "pulls": pulls.measure,
-    "held": lambda machine, nixl: held_prompt.measure(machine),
+    "held": lambda machine, peers: held_prompt.measure(machine),
     "registered": registered.measure,
-    "copies": lambda machine, nixl: local_copies.measure(machine),
-    "allocation": lambda machine, nixl: allocation.measure(),
-    "arguments": lambda machine, nixl: arguments.measure(machine),
-    "layers": lambda machine, nixl: layers.measure(),
-    "links": lambda machine, nixl: links.measure(),
-    "start-up": lambda machine, nixl: start_up.measure(),
-    "parts": lambda machine, nixl: parts.measure(),
+    "copies": lambda machine, peers: local_copies.measure(machine),
+    "allocation": lambda machine, peers: allocation.measure(),
+    "arguments": lambda machine, peers: arguments.measure(machine),
+    "layers": lambda machine, peers: layers.measure(),
+    "links": lambda machine, peers: links.measure(),
+    "start-up": lambda machine, peers: start_up.measure(),
+    "parts": lambda machine, peers: parts.measure(),
     "curves": curves.measure,
 }

@@ -19,7 +19,7 @@ def steady(median: float, spread: float = 0.01) -> list[float]:
 
 
 def document(*rows: Row) -> dict[str, Any]:
-    return json.loads(json.dumps(as_document(rows, nixl=False)))
+    return json.loads(json.dumps(as_document(rows)))
 
 
 def changes_of(old: Row, new: Row) -> list[str]:
