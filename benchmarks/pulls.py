@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from .limits import Limits
 from .measurement import Row, Target, time_us
 from .peer_reads import NIXL, PeerReads, PeerRounds
@@ -48,7 +50,7 @@ def _targets(work: Work, taken: Sequence[float], limit_us: float, rounds: PeerRo
     if work.median_us is not None:
         targets.append(Target("us median", median, work.median_us, at_least=False))
     if work.p99_us is not None:
-        p99 = statistics.quantiles(taken, n=100)[98]
+        p99 = float(np.quantile(taken, 0.99))
         targets.append(Target("us p99", p99, work.p99_us, at_least=False))
     times = rounds.times_ours(NIXL, median)
     if work.times_nixl is not None and times is not None:

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from llm_datadist.tools.bench.byte_size import ByteSize, size_text
+from llm_datadist.tools.bench.byte_size import size, size_text
 from llm_datadist.tools.bench.case import Case, all_cases
 from llm_datadist.tools.bench.command import bench
 from llm_datadist.tools.bench.latency import PERCENTILES, Latency
@@ -50,13 +50,13 @@ def test_speed_is_that_of_the_median_run() -> None:
     ("text", "nbytes"), [("4096", 4096), ("64K", 64 * KIB), ("64k", 64 * KIB), ("1MiB", MIB), ("2GB", 2 << 30)]
 )
 def test_sizes(text: str, nbytes: int) -> None:
-    assert ByteSize().convert(text, None, None) == nbytes
+    assert size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5M", "K", "1T", "many"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size, should be like"):
-        ByteSize().convert(text, None, None)
+        size(text)
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,12 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NAMES = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
-class ByteSize(click.ParamType[int]):
-    """A number of bytes, with K, M or G for powers of 1024."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read a size; one that is a number already stays as it is."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,15})([KMG]?)(i?B)?", str(value), re.IGNORECASE)
-        if found is None or int(found[1]) == 0:
-            self.fail(f"{value!r} is no size, should be like 65536, 64K, 1M or 2G", param, ctx)
-        return int(found[1]) * _UNITS[found[2].upper()]
+def size(text: str) -> int:
+    """Read a number of bytes, with K, M or G for powers of 1024; a type of options, which shows its name."""
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)(i?B)?", text, re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise click.BadParameter(f"{text!r} is no size, should be like 65536, 64K, 1M or 2G")
+    return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def size_text(nbytes: int) -> str:

@@ -8,7 +8,7 @@ import sys
 import click
 from rich.console import Console
 
-from llm_datadist.tools.bench.byte_size import ByteSize, size_text
+from llm_datadist.tools.bench.byte_size import size, size_text
 from llm_datadist.tools.bench.case import all_cases
 from llm_datadist.tools.bench.endpoint import POOL, REGISTERED
 from llm_datadist.tools.bench.measuring import PULL, PUSH, BenchError, Plan, measure
@@ -23,7 +23,7 @@ _LOG_WIDTH = 120  # columns, where the output is no terminal
 @click.option(
     "--size",
     "sizes",
-    type=ByteSize(),
+    type=size,
     multiple=True,
     default=["32K", "1M", "64M"],
     show_default=True,
@@ -32,7 +32,7 @@ _LOG_WIDTH = 120  # columns, where the output is no terminal
 @click.option(
     "--block",
     "blocks",
-    type=ByteSize(),
+    type=size,
     multiple=True,
     default=["16K"],
     show_default=True,
