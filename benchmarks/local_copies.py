@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from llm_datadist import CacheDesc, DataType, KvCache, LLMRole, Placement
 from llm_datadist.views import tensor_view
@@ -41,7 +42,7 @@ def measure(limits: Limits) -> Iterator[Row]:
         pairs = {a: [b] for a, b in zip(lower, upper)}
         yield _row("copy_blocks, 64 MiB in 64 KiB blocks", limits, nbytes, partial(manager.copy_blocks, blocks, pairs))
 
-        memory = [np.ones(shape, np.uint8) for _ in range(TENSORS)]
+        memory = [_host_memory(shape) for _ in range(TENSORS)]
         host = KvCache.create_cpu_cache(
             CacheDesc(TENSORS, shape, DataType.DT_UINT8, Placement.HOST), [tensor.ctypes.data for tensor in memory]
         )
@@ -51,6 +52,14 @@ def measure(limits: Limits) -> Iterator[Row]:
         yield _row(name.format("in"), limits, nbytes, partial(manager.swap_blocks, host, blocks, swap))
     finally:
         datadist.finalize()
+
+
+def _host_memory(shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Memory at a multiple of 64 bytes, as torch and pinned allocations have it, and NumPy has not."""
+    nbytes = shape[0] * shape[1]
+    room = np.ones(nbytes + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + nbytes].reshape(shape)
 
 
 def _fill(cache: KvCache) -> None:

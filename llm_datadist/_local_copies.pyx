@@ -1,11 +1,12 @@
 """Copies inside one process: between slots and blocks of its caches, and between them and host memory of its caller.
 
-A large copy is shared out over threads by tensors. Within a tensor the runs are carried out one after the other, so a
-block that an earlier pair wrote can be the source of a later one.
+A large copy is shared out over threads. Where a block that an earlier pair wrote is the source or the target of a later
+one, the runs of a tensor are carried out one after the other, and threads share the tensors only.
 """
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
 
 from llm_datadist._atomics cimport exchange, fetch_add, fetch_sub, load_acquire, monotonic_ns
 from llm_datadist._copy cimport (
@@ -15,6 +16,10 @@ from llm_datadist._local cimport BlockPairs, LocalCache
 
 cdef extern from "unistd.h" nogil:
     int usleep(unsigned microseconds)
+
+
+# Blocks, above which nobody looks whether the order of a copy shows: a byte is needed for each.
+cdef uint64_t MOST_NUMBERS = 64 << 20
 
 
 cpdef enum LocalOutcome:
@@ -81,7 +86,7 @@ cdef class LocalCopier:
         try:
             _put_tensors(addresses, source)
             _put_tensors(addresses + tensors, target)
-            return self._copy(addresses, addresses + tensors, tensors, &run, 1, source, target, deadline_ns)
+            return self._copy(addresses, addresses + tensors, tensors, &run, 1, False, source, target, deadline_ns)
         finally:
             PyMem_Free(addresses)
 
@@ -93,14 +98,16 @@ cdef class LocalCopier:
         cdef uint64_t i
         cdef uint64_t *addresses = NULL
         cdef Run *runs = NULL
+        cdef bint in_order
         try:
             addresses = _new_addresses(tensors)
             runs = _new_runs(pairs.count)
             _put_tensors(addresses, cache)
             with nogil:
+                in_order = _order_shows(pairs, True)
                 for i in range(pairs.count):
                     used = _join_apart(runs, used, pairs._sources[i] * stride, pairs._targets[i] * stride, stride)
-            return self._copy(addresses, addresses, tensors, runs, used, cache, cache, deadline_ns)
+            return self._copy(addresses, addresses, tensors, runs, used, in_order, cache, cache, deadline_ns)
         finally:
             PyMem_Free(addresses)
             PyMem_Free(runs)
@@ -128,6 +135,7 @@ cdef class LocalCopier:
         cdef uint64_t *sources
         cdef uint64_t *targets
         cdef Run *runs = NULL
+        cdef bint in_order
         try:
             addresses = _new_addresses(tensors)
             runs = _new_runs(pairs.count)
@@ -137,18 +145,19 @@ cdef class LocalCopier:
             if swap_in:
                 sources, targets = targets, sources
             with nogil:
+                in_order = _order_shows(pairs, False)
                 for i in range(pairs.count):
                     used = join_run(
                         runs, used, pairs._sources[i] * block_nbytes, pairs._targets[i] * block_nbytes, block_nbytes
                     )
-            return self._copy(sources, targets, tensors, runs, used, cache, cache, deadline_ns)
+            return self._copy(sources, targets, tensors, runs, used, in_order, cache, cache, deadline_ns)
         finally:
             PyMem_Free(addresses)
             PyMem_Free(runs)
 
     cdef object _copy(
         self, const uint64_t *sources, const uint64_t *targets, uint64_t tensors, const Run *runs, uint64_t num_runs,
-        LocalCache source, LocalCache target, uint64_t deadline_ns,
+        bint in_order, LocalCache source, LocalCache target, uint64_t deadline_ns,
     ):
         cdef Plan plan = Plan(
             sources=sources, targets=targets, tensors=tensors, runs=runs, num_runs=num_runs, carrier=IN_PROCESS, pid=0
@@ -163,8 +172,7 @@ cdef class LocalCopier:
         with nogil:
             # In this order, so that either `close` sees the copy or the copy sees that it is closed.
             fetch_add(&self._running, 1)
-            # A block that an earlier pair wrote may be the source of a later one.
-            outcome = execute_shared(&plan, &gate, self._threads, True)
+            outcome = execute_shared(&plan, &gate, self._threads, in_order)
             fetch_sub(&self._running, 1)
         source.unpin()
         target.unpin()
@@ -175,6 +183,26 @@ cdef class LocalCopier:
     cdef object _why_released(self):
         """Tell a cache that was deallocated from one that went when everything was closed."""
         return LocalOutcome.CLOSED if load_acquire(&self._closing) != 0 else LocalOutcome.CACHE_RELEASED
+
+
+cdef bint _order_shows(BlockPairs pairs, bint same_memory) noexcept nogil:
+    """Tell whether a target is also another pair's target or, in the same memory, a source."""
+    cdef uint64_t size = max(pairs.max_source, pairs.max_target) + 1
+    cdef uint8_t *seen = <uint8_t *>calloc(size, 1) if size <= MOST_NUMBERS else NULL
+    cdef bint shows = False
+    cdef uint64_t i
+    if seen == NULL:
+        return True  # in order is always right
+    if same_memory:
+        for i in range(pairs.count):
+            seen[pairs._sources[i]] = 1
+    for i in range(pairs.count):
+        if seen[pairs._targets[i]]:
+            shows = True
+            break
+        seen[pairs._targets[i]] = 1
+    free(seen)
+    return shows
 
 
 cdef uint64_t *_new_addresses(uint64_t tensors) except NULL:

@@ -5,7 +5,8 @@ The first parameter of each check is the argument's name, for the message. A val
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from reprlib import repr as short_repr
 from typing import Union
 
@@ -67,7 +68,7 @@ def check_isinstance(
         names = " or ".join(cls.__name__ for cls in allowed)
         kind = NoneArgument if arg_value is None else TypeError
         raise kind(f"{extra_fmt}{arg_name} only support {names}, but got {_describe(arg_value)}")
-    if inner_class is not None and isinstance(arg_value, Iterable):
+    if inner_class is not None and isinstance(arg_value, Collection):
         _check_elements(f"{extra_fmt}{arg_name} inner type", arg_value, inner_class)
     return arg_value
 
@@ -84,7 +85,7 @@ def check_dict(arg_name: str, d: object, k_class: type, v_class: type, v_inner_c
     assert isinstance(d, dict)
     _check_elements(f"{arg_name} dict key", d, k_class)
     _check_elements(f"{arg_name} dict value", d.values(), v_class)
-    if v_inner_class is not None:
+    if v_inner_class is not None and not _all_exactly(chain.from_iterable(d.values()), v_inner_class):
         for value in d.values():
             _check_elements(f"{arg_name} inner type", value, v_inner_class)
 
@@ -144,7 +145,20 @@ def check_positive_or_set_default(arg_name: str, value: object, default: int = -
     return number
 
 
-def _check_elements(what: str, elements: Iterable[object], allowed: type) -> None:
+def are_block_numbers(numbers: Collection[object], end: int = 2**64) -> bool:
+    """Tell at once of many whether each is an int in [0, end); of a bool or a subclass of int it does not know."""
+    if not _all_exactly(numbers, int):
+        return False
+    return not numbers or (min(numbers) >= 0 and max(numbers) < end)  # type: ignore[type-var, operator]
+
+
+def _all_exactly(elements: Iterable[object], allowed: type) -> bool:
+    return set(map(type, elements)) <= {allowed}
+
+
+def _check_elements(what: str, elements: Collection[object], allowed: type) -> None:
+    if _all_exactly(elements, allowed):
+        return
     for element in elements:
         if not isinstance(element, allowed):
             raise TypeError(f"{what} only support {allowed.__name__}, but got {_describe(element)}")

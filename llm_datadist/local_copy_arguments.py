@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
 from typing import Callable, NamedTuple
 
 from llm_datadist.arguments import (
+    are_block_numbers,
     check_dict,
     check_int64,
     check_isinstance,
@@ -92,13 +94,15 @@ def check_copy_blocks(
     check_isinstance("cache", cache, handle, allow_none=False)
     check_dict("copy_block_info", copy_block_info, int, list, int)
     check_cache("cache", cache)
-    blocks = BlockTable([], [])
+    targets_of = copy_block_info.values()
+    sources = chain.from_iterable(map(repeat, copy_block_info, map(len, targets_of)))
+    blocks = BlockTable(list(sources), list(chain.from_iterable(targets_of)))
+    if are_block_numbers(copy_block_info.keys()) and are_block_numbers(blocks.targets):
+        return blocks
     for source, targets in copy_block_info.items():
         check_uint64("source block", source)
         for target in targets:
             check_uint64("destination block", target)
-        blocks.sources.extend([source] * len(targets))
-        blocks.targets.extend(targets)
     return blocks
 
 
@@ -148,11 +152,14 @@ def _block_nbytes(name: str, desc: CacheDesc) -> int:
 
 
 def _swap_table(src_batch_size: int, dst_batch_size: int, src_to_dst: dict[int, int]) -> BlockTable:
+    blocks = BlockTable(list(src_to_dst), list(src_to_dst.values()))
+    if are_block_numbers(blocks.sources, src_batch_size) and are_block_numbers(blocks.targets, dst_batch_size):
+        return blocks
     for source, target in src_to_dst.items():
         check_isinstance("src_to_dst dict value", target, int, allow_none=False)
         _check_block("source", source, src_batch_size)
         _check_block("destination", target, dst_batch_size)
-    return BlockTable(list(src_to_dst), list(src_to_dst.values()))
+    return blocks
 
 
 def _check_block(side: str, block: int, batch_size: int) -> None:
