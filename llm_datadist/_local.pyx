@@ -2,7 +2,7 @@
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cpython.list cimport PyList_Check
-from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast_GET_ITEM
 from cpython.tuple cimport PyTuple_Check
@@ -112,6 +112,29 @@ def block_pairs(sources not None, targets not None):
     pairs.max_source = _unpack(sources, pairs._sources, count)
     pairs.max_target = _unpack(targets, pairs._targets, count)
     return pairs
+
+
+def flatten_copies(dict copies not None):
+    """List the pairs of a table from each source to its targets, in order: all sources, all targets.
+
+    None if the table holds anything but lists of plain ints in [0, 2**63): then it has to be looked at one by one.
+    """
+    cdef list sources = []
+    cdef list targets = []
+    for source, of_source in copies.items():
+        if type(of_source) is not list or not _is_small_number(source):
+            return None
+        for target in <list>of_source:
+            if not _is_small_number(target):
+                return None
+            sources.append(source)
+            targets.append(target)
+    return sources, targets
+
+
+cdef bint _is_small_number(object number) except -1:
+    cdef int overflow = 0
+    return type(number) is int and PyLong_AsLongLongAndOverflow(number, &overflow) >= 0 and overflow == 0
 
 
 cdef uint64_t _unpack(object blocks, uint64_t *out, Py_ssize_t count) except? 0:

@@ -132,6 +132,8 @@ def check_list_int64(arg_name: str, values: Iterable[object]) -> None:
 
 def check_list_uint64(arg_name: str, values: Iterable[object]) -> None:
     """Check each element for an int in [0, 2**64)."""
+    if isinstance(values, (list, tuple)) and are_block_numbers(values):
+        return
     _check_list_width(arg_name, values, "uint64")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain, repeat
 from typing import Callable, NamedTuple
 
+from llm_datadist._local import flatten_copies
 from llm_datadist.arguments import (
     are_block_numbers,
     check_dict,
@@ -92,17 +92,20 @@ def check_copy_blocks(
     `handle` is the class of handles, `check_cache` the check of a handle and its kind.
     """
     check_isinstance("cache", cache, handle, allow_none=False)
+    check_isinstance("copy_block_info", copy_block_info, dict, allow_none=False)
+    flat = flatten_copies(copy_block_info) if type(copy_block_info) is dict else None
+    if flat is not None:
+        check_cache("cache", cache)
+        return BlockTable(*flat)
     check_dict("copy_block_info", copy_block_info, int, list, int)
     check_cache("cache", cache)
-    targets_of = copy_block_info.values()
-    sources = chain.from_iterable(map(repeat, copy_block_info, map(len, targets_of)))
-    blocks = BlockTable(list(sources), list(chain.from_iterable(targets_of)))
-    if are_block_numbers(copy_block_info.keys()) and are_block_numbers(blocks.targets):
-        return blocks
+    blocks = BlockTable([], [])
     for source, targets in copy_block_info.items():
         check_uint64("source block", source)
         for target in targets:
             check_uint64("destination block", target)
+        blocks.sources.extend([source] * len(targets))
+        blocks.targets.extend(targets)
     return blocks
 
 

@@ -266,7 +266,9 @@ def test_copy_threads(mode: dict[str, str]) -> None:
     assert read(**mode, llm__CopyThreads="64").engine.copy_threads == 64
 
 
-@pytest.mark.parametrize("name", ["llm__EnableSwitchRole", "llm__SyncKvCacheWaitTime", "llm__BufPoolCfg", "llm__CopyThreads"])
+@pytest.mark.parametrize(
+    "name", ["llm__EnableSwitchRole", "llm__SyncKvCacheWaitTime", "llm__BufPoolCfg", "llm__CopyThreads"]
+)
 def test_values_are_text(name: str) -> None:
     with pytest.raises(TypeError, match="only support str"):
         read(**{name: 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -139,10 +140,12 @@ def test_copy_blocks_asks_for_pairs_in_order(manager: KvCacheManager, cache: KvC
     manager.copy_blocks(cache, {4: [2, 3], 1: [], 0: [4]})
     manager.copy_blocks(cache, {})
     manager.copy_blocks(cache, {1: []})
+    manager.copy_blocks(cache, defaultdict(list, {4: [2, 3], True: [0]}))
     assert asked(manager) == [
         ("copy_blocks", (1, [4, 4, 0], [2, 3, 4])),
         ("copy_blocks", (1, [], [])),
         ("copy_blocks", (1, [], [])),
+        ("copy_blocks", (1, [4, 4, 1], [2, 3, 0])),
     ]
 
 
