@@ -7,6 +7,9 @@ MODULES = [
     "_segment",
     "_pool",
     "_copy",
+    "_outcome",
+    "_link_end",
+    "_stream",
     "_channel",
     "_local",
     "_local_copies",
@@ -23,7 +26,7 @@ extensions = [
         f"llm_datadist.{name}",
         [f"llm_datadist/{name}.pyx"],
         include_dirs=["llm_datadist/include"],
-        depends=[f"llm_datadist/include/{header}.h" for header in ("atomics", "copy_workers", "stream_copy")],
+        depends=[f"llm_datadist/include/{header}.h" for header in ("atomics", "copy_workers", "crc32c", "stream_copy")],
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
     for name in MODULES

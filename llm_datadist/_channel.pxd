@@ -1,7 +1,7 @@
 # What goes over a data channel: a stream between a puller or pusher and the data server of the owner. Words are 64 bits
 # in the byte order of the machine; both ends are on it.
 #
-#   initiator: Request, then `count` of Range
+#   initiator: Request, then `count` of Range, whose addresses are those of the owner's process
 #   server:    Reply
 #   reading    server: the bytes of all ranges, one after the other
 #   writing    initiator: the bytes of all ranges; server: a second Reply
@@ -27,10 +27,6 @@ cdef struct Request:
     uint64_t count
     uint64_t nbytes           # of all ranges together
 
-cdef struct Range:
-    uint64_t address          # in the owner's process
-    uint64_t nbytes
-
 cdef struct Reply:
     uint64_t magic
     uint64_t outcome          # Outcome
@@ -39,15 +35,6 @@ cdef struct Reply:
 cdef inline uint64_t channel_magic() noexcept nogil:
     return 0x4C4C4D4443484E31ULL  # "LLMDCHN1"
 
-cdef enum StreamEnd:
-    STREAM_OK = 0
-    STREAM_CLOSED = 1         # by the other end, or it broke
-    STREAM_LATE = 2           # the deadline passed, or the gate closed
-    STREAM_FAULT = 3          # memory is not mapped
-
-# `gate` may be NULL: then only the end of the stream ends the wait.
-cdef StreamEnd send_ranges(int fd, const Range *ranges, uint64_t count, const Gate *gate) noexcept nogil
-cdef StreamEnd receive_ranges(int fd, const Range *ranges, uint64_t count, const Gate *gate) noexcept nogil
 cdef int ask(
     int fd, const Plan *plan, bint writing, uint64_t index, uint64_t generation, const Gate *gate, bint *whole
 ) noexcept nogil

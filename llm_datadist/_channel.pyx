@@ -4,107 +4,14 @@ The way for memory that can neither be mapped nor be reached through the kernel.
 before it asks; the server checks every range against its own directory all the same.
 """
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
-from llm_datadist._atomics cimport monotonic_ns
-from llm_datadist._copy cimport Gate, Plan, stopped
-from llm_datadist._core cimport BAD_DIRECTORY, DONE, MEMORY_FAULT, NO_MEMORY, PEER_DEAD, TARGET_RANGE, TIMED_OUT
-
-cdef extern from "sys/uio.h" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-
-cdef extern from "sys/socket.h" nogil:
-    struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
-    ssize_t sendmsg(int fd, const msghdr *message, int flags)
-    ssize_t recvmsg(int fd, msghdr *message, int flags)
-    int MSG_NOSIGNAL, MSG_DONTWAIT
-
-cdef extern from "poll.h" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *descriptors, unsigned long count, int timeout_ms)
-    short POLLIN, POLLOUT
-
-cdef extern from "string.h" nogil:
-    void *memset(void *target, int value, size_t nbytes)
-
-cdef enum:
-    VECTORS = 64
-    LOOK_MS = 2               # how often a wait looks at the gate
-
-
-cdef StreamEnd send_ranges(int fd, const Range *ranges, uint64_t count, const Gate *gate) noexcept nogil:
-    """Send the bytes of memory ranges of this process."""
-    return _move_ranges(fd, ranges, count, gate, True)
-
-
-cdef StreamEnd receive_ranges(int fd, const Range *ranges, uint64_t count, const Gate *gate) noexcept nogil:
-    """Receive bytes into memory ranges of this process."""
-    return _move_ranges(fd, ranges, count, gate, False)
-
-
-cdef StreamEnd _move_ranges(
-    int fd, const Range *ranges, uint64_t count, const Gate *gate, bint sending
-) noexcept nogil:
-    cdef iovec vectors[VECTORS]
-    cdef msghdr message
-    cdef uint64_t at = 0
-    cdef uint64_t done = 0    # bytes of ranges[at]
-    cdef uint64_t i
-    cdef ssize_t moved
-    cdef StreamEnd end
-    memset(&message, 0, sizeof(message))
-    message.msg_iov = vectors
-    while at < count:
-        message.msg_iovlen = min(count - at, <uint64_t>VECTORS)
-        for i in range(message.msg_iovlen):
-            vectors[i].iov_base = <void *>ranges[at + i].address
-            vectors[i].iov_len = ranges[at + i].nbytes
-        vectors[0].iov_base = <void *>(ranges[at].address + done)
-        vectors[0].iov_len = ranges[at].nbytes - done
-        if sending:
-            moved = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-        else:
-            moved = recvmsg(fd, &message, MSG_DONTWAIT)
-        if moved > 0:
-            done += <uint64_t>moved
-            while at < count and done >= ranges[at].nbytes:
-                done -= ranges[at].nbytes
-                at += 1
-            if gate != NULL and at < count and (stopped(gate) or monotonic_ns() > gate.deadline_ns):
-                return STREAM_LATE
-        elif moved == 0:
-            return STREAM_CLOSED
-        elif errno == EFAULT:
-            return STREAM_FAULT
-        elif errno == EAGAIN:
-            end = _wait(fd, POLLOUT if sending else POLLIN, gate)
-            if end != STREAM_OK:
-                return end
-        elif errno != EINTR:
-            return STREAM_CLOSED
-    return STREAM_OK
-
-
-cdef StreamEnd _wait(int fd, short events, const Gate *gate) noexcept nogil:
-    """Wait until the stream can be moved on, or is at its end."""
-    cdef pollfd watched
-    watched.fd = fd
-    watched.events = events
-    while True:
-        watched.revents = 0
-        if poll(&watched, 1, -1 if gate == NULL else LOOK_MS) > 0:
-            return STREAM_OK
-        if gate != NULL and (stopped(gate) or monotonic_ns() > gate.deadline_ns):
-            return STREAM_LATE
+from llm_datadist._copy cimport Gate, Plan
+from llm_datadist._outcome cimport BAD_DIRECTORY, DONE, MEMORY_FAULT, NO_MEMORY, PEER_DEAD, TARGET_RANGE, TIMED_OUT
+from llm_datadist._stream cimport (
+    STREAM_CLOSED, STREAM_FAULT, STREAM_LATE, STREAM_OK, Range, StreamEnd, receive_bytes, receive_ranges, send_ranges,
+)
 
 
 cdef int ask(
@@ -183,10 +90,7 @@ cdef int _ask_once(
 
 
 cdef StreamEnd _receive_reply(int fd, Reply *reply, const Gate *gate) noexcept nogil:
-    cdef Range part
-    cdef StreamEnd end
-    part.address, part.nbytes = <uint64_t>reply, sizeof(Reply)
-    end = receive_ranges(fd, &part, 1, gate)
+    cdef StreamEnd end = receive_bytes(fd, reply, sizeof(Reply), gate)
     if end == STREAM_OK and reply.magic != channel_magic():
         return STREAM_CLOSED
     return end

@@ -17,6 +17,8 @@
 from libc.stdint cimport uint64_t
 
 from llm_datadist._copy cimport Gate, Plan
+from llm_datadist._link_end cimport LinkEnd
+from llm_datadist._outcome cimport Outcome
 from llm_datadist._segment cimport Segment
 
 cdef enum:
@@ -27,7 +29,6 @@ cdef enum:
     RECORD_WORDS = 7          # pulled-tensor words inside a LedgerRecord
     TENSORS_PER_WORD = 48     # the upper 16 bits of such a word tell the generation
     OVERFLOW_BYTES = 1 << 24
-    MAX_CHANNELS = 4          # to one peer: transfers over them that may run at the same time
     TABLE_BYTES = 1 << 26     # pages are taken as tables are written
 
 cdef enum Kind:
@@ -126,33 +127,6 @@ cdef inline uint64_t bucket_of(uint64_t kind, uint64_t key_id, uint64_t model_id
     return (x ^ (x >> 31)) & (num_buckets - 1)
 
 
-cpdef enum Outcome:
-    """How a one-sided transfer ended; `TransferFault.outcome` holds every one but `DONE`."""
-    DONE = 0
-    KEY_UNKNOWN = 1
-    SLOT_UNKNOWN = 2
-    SOURCE_RANGE = 3          # offset + size beyond the remote slot
-    SOURCE_TENSORS = 4        # remote tensor indices do not exist
-    TENSOR_COUNT = 5          # numbers of tensors differ
-    BLOCK_SIZE = 6            # strides differ
-    SOURCE_BLOCK = 7          # remote block index does not exist
-    CACHE_RELEASED = 8        # the local cache was deallocated
-    TIMED_OUT = 9
-    PEER_DEAD = 10
-    REVOKED = 11              # the peer took the link down while the bytes moved
-    LINK_CLOSED = 12
-    BAD_DIRECTORY = 13        # the peer's directory points outside of its pool
-    NO_MEMORY = 14
-    TARGET_ADDRESS = 15       # an address lies in no cache of the peer, or the bytes would run over its end
-    STALE_BLOCKS = 16         # a block is not, or no longer, what the token was given out for
-    MEMORY_FAULT = 17         # registered memory is not mapped, here or at the peer
-    MEMORY_DENIED = 18        # private memory of the peer can only be reached through its data server
-    TARGET_READ_ONLY = 19     # the peer's pool is not shared for writing
-    TARGET_TENSORS = 20       # tensor indices of a push do not exist at the peer
-    TARGET_BLOCK = 21         # nor does a block or slot
-    TARGET_RANGE = 22         # a slot is larger than the one that it is pushed into
-
-
 # What a token of sealed blocks says; see `_directory.Directory.seal`.
 cdef struct Seal:
     uint64_t magic
@@ -174,7 +148,7 @@ cdef struct Found:
     uint64_t hazard
 
 
-cdef class PeerMemory:
+cdef class PeerMemory(LinkEnd):
     cdef Segment _pool
     cdef Segment _directory
     cdef Segment _ledger
@@ -191,19 +165,8 @@ cdef class PeerMemory:
     cdef const uint64_t *_tables
     cdef int _pid                         # of the peer; 0 = its private memory is out of reach
     cdef int _pidfd                       # readable when the peer has ended; -1 = none
-    cdef uint64_t _threads                # that one copy may use
-    cdef uint64_t _channels[MAX_CHANNELS]  # descriptors of free data channels + 1; 0 = none, or in use
-    cdef uint64_t _num_channels           # in use or free
-    cdef uint64_t _peer_dead
-    cdef uint64_t _closing                # for good
-    cdef uint64_t _undecided              # an unlink asks whether the link is in use: new transfers wait
-    cdef uint64_t _running                # transfers inside this object
 
     cdef int _close_pidfd(self) except -1
-    cdef int _close_channels(self) except -1
-    cdef Outcome _enter(self, uint64_t deadline_ns) noexcept nogil
-    cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil
-    cdef Outcome _why_stopped(self) noexcept nogil
     cdef Outcome _claim_key(
         self, uint64_t kind, uint64_t key_id, uint64_t model_id, const Gate *gate, Found *found
     ) noexcept nogil
@@ -221,8 +184,6 @@ cdef class PeerMemory:
     cdef Outcome _carry_by_channel(
         self, Plan *plan, const Found *found, bint writing, const Gate *gate
     ) noexcept nogil
-    cdef int _take_channel(self, const Gate *gate) noexcept nogil
-    cdef void _keep_channel(self, int descriptor) noexcept nogil
     cdef bint _peer_has_ended(self, int wait_ms) noexcept nogil
     cdef bint _is_sealed(
         self, const DirectoryEntry *entry, const Seal *seal, const uint64_t *blocks, uint64_t count

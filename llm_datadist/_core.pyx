@@ -12,19 +12,19 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
 from llm_datadist._atomics cimport (
-    compare_exchange, exchange, fence_acquire, fence_full, fetch_add, fetch_and, fetch_sub, load_acquire, load_relaxed,
-    lowest_bit, monotonic_ns, relax, store_release,
+    compare_exchange, fence_acquire, fence_full, fetch_and, load_acquire, load_relaxed, lowest_bit, monotonic_ns, relax,
+    store_release,
 )
 from llm_datadist._channel cimport ask
 from llm_datadist._copy cimport (
     COPIED, COPY_DENIED, COPY_NO_PROCESS, COPY_TIMED_OUT, IN_PROCESS, READ_PROCESS, WRITE_PROCESS,
     CopyOutcome, Gate, Plan, Run, execute, execute_shared, stopped,
 )
+from llm_datadist._link_end cimport LinkEnd
+from llm_datadist._outcome cimport (
+    BAD_DIRECTORY, DONE, KEY_UNKNOWN, MEMORY_DENIED, MEMORY_FAULT, PEER_DEAD, TARGET_READ_ONLY, TIMED_OUT, Outcome,
+)
 from llm_datadist._segment cimport Segment
-
-cdef extern from "unistd.h" nogil:
-    int close(int descriptor)
-    int usleep(unsigned microseconds)
 
 cdef extern from "poll.h" nogil:
     struct pollfd:
@@ -37,18 +37,6 @@ cdef extern from "poll.h" nogil:
 
 cdef enum:
     ENDING_MS = 50            # between the closed files of a process and its end
-    CHANNEL_NS = 100000000    # for the first channel of a new link, or one in place of one that broke
-
-
-class TransferFault(Exception):
-    """A one-sided transfer failed; tells how, and what the remote cache looks like if it was found."""
-
-    def __init__(self, outcome, remote_tensors=0, remote_slots=0, remote_stride=0):
-        self.outcome = Outcome(outcome)
-        super().__init__(self.outcome)
-        self.remote_tensors = remote_tensors
-        self.remote_slots = remote_slots
-        self.remote_stride = remote_stride
 
 
 cdef int read_token(bytes token, Seal *seal) except -1:
@@ -60,7 +48,7 @@ cdef int read_token(bytes token, Seal *seal) except -1:
     raise ValueError(f"token {token[:16].hex()}... of {len(token)} bytes was not made by publish_blocks")
 
 
-cdef class PeerMemory:
+cdef class PeerMemory(LinkEnd):
     """The pool, directory, ledger and claim page of a linked peer, mapped into this process.
 
     Parameters
@@ -112,21 +100,15 @@ cdef class PeerMemory:
         self._leaves = <uint64_t *>(ledger.base + leaves_offset())
         self._records = <LedgerRecord *>(ledger.base + records_offset())
         self._claim = <ClaimPage *>claims.base
-        self._threads = 1
 
     def __dealloc__(self):
         self._close_pidfd()
-        self._close_channels()
 
     cdef int _close_pidfd(self) except -1:
         if self._pidfd >= 0:
             descriptor, self._pidfd = self._pidfd, -1
             os.close(descriptor)
         return 0
-
-    def use_threads(self, uint64_t threads):
-        """Let one copy use so many threads, the caller's included."""
-        self._threads = threads
 
     # ---- private memory
 
@@ -161,34 +143,6 @@ cdef class PeerMemory:
         self._pid = pid
         return True
 
-    @property
-    def channels(self) -> int:
-        """Data channels that transfers can use, for the case that the kernel denies access to private memory."""
-        return load_acquire(&self._num_channels)
-
-    def add_channel(self, int descriptor):
-        """Take over a stream socket whose other end the data server of the peer serves.
-
-        Raises
-        ------
-        ValueError
-            There are four already; the caller keeps the socket.
-        """
-        if fetch_add(&self._num_channels, 1) >= MAX_CHANNELS:
-            fetch_sub(&self._num_channels, 1)
-            raise ValueError(f"{MAX_CHANNELS} data channels exist, no more are used")
-        self._keep_channel(descriptor)
-
-    cdef int _close_channels(self) except -1:
-        cdef uint64_t taken
-        cdef int i
-        for i in range(MAX_CHANNELS):
-            taken = exchange(&self._channels[i], 0)
-            if taken != 0:
-                fetch_sub(&self._num_channels, 1)
-                os.close(taken - 1)
-        return 0
-
     cdef bint _peer_has_ended(self, int wait_ms) noexcept nogil:
         cdef pollfd watched
         if self._pidfd < 0:
@@ -198,88 +152,16 @@ cdef class PeerMemory:
         watched.revents = 0
         return poll(&watched, 1, wait_ms) > 0
 
-    # ---- life
+    cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil:
+        cdef Gate gate = LinkEnd._gate(self, deadline_ns)
+        gate.revoked = &self._claim.revoked
+        return gate
 
-    def mark_dead(self):
-        """The peer died or closed the link: running and later pulls fail at once."""
-        exchange(&self._peer_dead, 1)
-
-    @property
-    def dead(self) -> bool:
-        return load_acquire(&self._peer_dead) != 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a pull is running."""
-        return load_acquire(&self._running) != 0
-
-    def begin_close(self):
-        """Let new transfers wait; False, and nothing changed, if one is running.
-
-        `close` or `reopen` decides what becomes of those that wait.
-        """
-        exchange(&self._undecided, 1)
-        if load_acquire(&self._running) != 0:
-            exchange(&self._undecided, 0)
-            return False
-        return True
-
-    def reopen(self):
-        """Take `begin_close` back."""
-        exchange(&self._undecided, 0)
-
-    def close(self, uint64_t deadline_ns):
-        """End running pulls with `LINK_CLOSED` and unmap everything; tells whether that was done by the deadline.
-
-        The object may be closed again later; mappings also go with its last reference.
-        """
-        cdef bint idle
-        exchange(&self._closing, 1)
-        exchange(&self._undecided, 0)
-        with nogil:
-            while True:
-                idle = load_acquire(&self._running) == 0
-                if idle or monotonic_ns() > deadline_ns:
-                    break
-                usleep(20)
-        if idle:
-            self._close_segments()
-        return idle
-
-    def _close_segments(self):
+    def _release(self):
         for segment in (self._pool, self._directory, self._ledger, self._claims):
             if segment is not None:
                 segment.close()
         self._close_pidfd()
-        self._close_channels()
-
-    # ---- transfers
-
-    cdef Outcome _enter(self, uint64_t deadline_ns) noexcept nogil:
-        """Begin a transfer: with DONE, the end of the link waits for it."""
-        while True:
-            fetch_add(&self._running, 1)
-            if load_acquire(&self._closing) == 0 and load_acquire(&self._undecided) == 0:
-                return DONE
-            fetch_sub(&self._running, 1)
-            if load_acquire(&self._closing) != 0 or monotonic_ns() > deadline_ns:
-                return LINK_CLOSED
-            usleep(20)
-
-    cdef Gate _gate(self, uint64_t deadline_ns) noexcept nogil:
-        cdef Gate gate
-        gate.deadline_ns = deadline_ns
-        gate.peer_dead = &self._peer_dead
-        gate.revoked = &self._claim.revoked
-        gate.closing = &self._closing
-        return gate
-
-    cdef Outcome _why_stopped(self) noexcept nogil:
-        if load_acquire(&self._closing) != 0:
-            return LINK_CLOSED
-        if load_acquire(&self._peer_dead) != 0:
-            return PEER_DEAD
-        return REVOKED
 
     # ---- the directory
 
@@ -458,8 +340,7 @@ cdef class PeerMemory:
         if whole:
             self._keep_channel(descriptor)
         else:
-            close(descriptor)
-            fetch_sub(&self._num_channels, 1)
+            self._drop_channel(descriptor)
         fence_full()
         if stopped(gate):
             return self._why_stopped()
@@ -468,27 +349,6 @@ cdef class PeerMemory:
         if outcome == PEER_DEAD and not self._peer_has_ended(ENDING_MS):
             return MEMORY_FAULT
         return outcome
-
-    cdef int _take_channel(self, const Gate *gate) noexcept nogil:
-        """Take a free channel, waiting for one that is in use or about to be opened; -1 if there is none."""
-        cdef uint64_t give_up = monotonic_ns() + CHANNEL_NS
-        cdef uint64_t taken, now
-        cdef int i
-        while True:
-            for i in range(MAX_CHANNELS):
-                taken = exchange(&self._channels[i], 0) if load_acquire(&self._channels[i]) != 0 else 0
-                if taken != 0:
-                    return <int>(taken - 1)
-            now = monotonic_ns()
-            if stopped(gate) or now > gate.deadline_ns or now > give_up and load_acquire(&self._num_channels) == 0:
-                return -1
-            usleep(20)
-
-    cdef void _keep_channel(self, int descriptor) noexcept nogil:
-        cdef int i
-        for i in range(MAX_CHANNELS):
-            if compare_exchange(&self._channels[i], 0, <uint64_t>descriptor + 1):
-                return
 
     # ---- claims
 

@@ -9,14 +9,12 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
 from llm_datadist._atomics cimport load_relaxed, monotonic_ns
-from llm_datadist._channel cimport (
-    MAX_RANGES, READ_RANGES, STREAM_FAULT, STREAM_OK, WRITE_RANGES, Range, Reply, Request, StreamEnd,
-    channel_magic, receive_ranges, send_ranges,
-)
+from llm_datadist._channel cimport MAX_RANGES, READ_RANGES, WRITE_RANGES, Reply, Request, channel_magic
 from llm_datadist._copy cimport Gate
-from llm_datadist._core cimport (
-    BAD_DIRECTORY, DONE, HIDDEN, KEY_UNKNOWN, MEMORY_FAULT, SCATTERED, TARGET_ADDRESS, DirectoryEntry, Found, Outcome,
-    PeerMemory,
+from llm_datadist._core cimport HIDDEN, SCATTERED, DirectoryEntry, Found, PeerMemory
+from llm_datadist._outcome cimport BAD_DIRECTORY, DONE, KEY_UNKNOWN, MEMORY_FAULT, TARGET_ADDRESS, Outcome
+from llm_datadist._stream cimport (
+    STREAM_FAULT, STREAM_OK, Range, StreamEnd, receive_bytes, receive_ranges, send_bytes, send_ranges,
 )
 
 cdef enum:
@@ -45,17 +43,14 @@ cdef class DataServer(PeerMemory):
     cdef bint _serve_one(self, int fd, Range *ranges) noexcept nogil:
         """Carry one request out; False when the channel is at its end."""
         cdef Request request
-        cdef Range part
         cdef Found found
         cdef Outcome outcome
         cdef bint goes_on
-        part.address, part.nbytes = <uint64_t>&request, sizeof(Request)
-        if receive_ranges(fd, &part, 1, NULL) != STREAM_OK:
+        if receive_bytes(fd, &request, sizeof(Request), NULL) != STREAM_OK:
             return False
         if request.magic != channel_magic() or request.count == 0 or request.count > MAX_RANGES:
             return False
-        part.address, part.nbytes = <uint64_t>ranges, request.count * sizeof(Range)
-        if receive_ranges(fd, &part, 1, NULL) != STREAM_OK:
+        if receive_bytes(fd, ranges, request.count * sizeof(Range), NULL) != STREAM_OK:
             return False
         outcome = self._claim_entry(&request, &found)
         if outcome != DONE:
@@ -117,8 +112,6 @@ cdef class DataServer(PeerMemory):
 
 cdef bint _send_reply(int fd, Outcome outcome) noexcept nogil:
     cdef Reply reply
-    cdef Range part
     reply.magic = channel_magic()
     reply.outcome = <uint64_t>outcome
-    part.address, part.nbytes = <uint64_t>&reply, sizeof(Reply)
-    return send_ranges(fd, &part, 1, NULL) == STREAM_OK
+    return send_bytes(fd, &reply, sizeof(Reply), NULL, False) == STREAM_OK

@@ -1,7 +1,8 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from llm_datadist._copy cimport Gate, Run
-from llm_datadist._core cimport DirectoryEntry, Found, Outcome, PeerMemory, Seal
+from llm_datadist._core cimport DirectoryEntry, Found, PeerMemory, Seal
+from llm_datadist._outcome cimport Outcome
 from llm_datadist._local cimport BlockPairs, LocalCache
 
 # What a pull wants, and where it stands.

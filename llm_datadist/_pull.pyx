@@ -11,12 +11,15 @@ from llm_datadist._atomics cimport compare_exchange, fence_full, fetch_or, fetch
 from llm_datadist._copy cimport Plan, Run, join_run
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._core cimport (
-    BLOCKS_KEY, BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, NO_MEMORY, ORDINARY_KEY, PREFIX_KEY, REGISTERED,
-    SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_RANGE, SOURCE_TENSORS, STALE_BLOCKS, TENSORS_PER_WORD, TENSOR_COUNT,
-    DirectoryEntry, Found, Outcome, PeerMemory, generation_tag, pulled_words, read_token,
+    BLOCKS_KEY, CACHE_ID, ORDINARY_KEY, PREFIX_KEY, REGISTERED, TENSORS_PER_WORD, DirectoryEntry, Found, PeerMemory,
+    generation_tag, pulled_words, read_token,
+)
+from llm_datadist._outcome cimport (
+    BLOCK_SIZE, CACHE_RELEASED, DONE, NO_MEMORY, SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_RANGE, SOURCE_TENSORS, STALE_BLOCKS,
+    TENSOR_COUNT, Outcome,
 )
 
-from llm_datadist._core import TransferFault
+from llm_datadist._outcome import TransferFault
 
 cdef enum:
     STACK_TENSORS = 128   # addresses of so many tensors fit on the stack
@@ -140,7 +143,7 @@ cdef class PeerSource(PeerMemory):
         pull.gate = self._gate(deadline_ns)
         outcome = self._claim_key(pull.kind, pull.key_id, pull.model_id, &pull.gate, &pull.found)
         if outcome != DONE:
-            fetch_sub(&self._running, 1)
+            self._leave()
             return outcome
         if pull.kind != CACHE_ID:
             pull.slot = entry.slot
@@ -153,7 +156,7 @@ cdef class PeerSource(PeerMemory):
             outcome = TENSOR_COUNT
         if outcome != DONE:
             self._drop_hazard(pull.found.hazard)
-            fetch_sub(&self._running, 1)
+            self._leave()
         return outcome
 
     cdef Outcome _end(self, Pull *pull, Outcome outcome) noexcept nogil:
@@ -169,7 +172,7 @@ cdef class PeerSource(PeerMemory):
         self._drop_hazard(pull.found.hazard)
         if consume:
             self._consume(&key, pull.source_first, pull.target_count)
-        fetch_sub(&self._running, 1)
+        self._leave()
         return outcome
 
     cdef Outcome _pull_blocks(self, Pull *pull, LocalCache target, BlockPairs pairs, Run *runs) noexcept nogil:

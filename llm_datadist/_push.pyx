@@ -9,15 +9,15 @@ from libc.stdlib cimport free, malloc
 
 from llm_datadist._atomics cimport fetch_sub, load_acquire, load_relaxed
 from llm_datadist._copy cimport Gate, Plan, Run, join_run
-from llm_datadist._core cimport (
-    BLOCK_SIZE, CACHE_ID, CACHE_RELEASED, DONE, HAZARDS, HIDDEN, KEY_UNKNOWN, NO_MEMORY, PRIVATE, SCATTERED,
-    SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS, TARGET_ADDRESS, TARGET_BLOCK, TARGET_RANGE, TARGET_TENSORS,
-    DirectoryEntry, Found, Outcome,
+from llm_datadist._core cimport CACHE_ID, HAZARDS, HIDDEN, PRIVATE, SCATTERED, DirectoryEntry, Found
+from llm_datadist._outcome cimport (
+    BLOCK_SIZE, CACHE_RELEASED, DONE, KEY_UNKNOWN, NO_MEMORY, SLOT_UNKNOWN, SOURCE_BLOCK, SOURCE_TENSORS,
+    TARGET_ADDRESS, TARGET_BLOCK, TARGET_RANGE, TARGET_TENSORS, Outcome,
 )
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._pull cimport PeerSource
 
-from llm_datadist._core import TransferFault
+from llm_datadist._outcome import TransferFault
 
 
 # What is pushed: tensors of a local cache, and of each of them a slot, blocks, or a slot in blocks.
@@ -82,7 +82,7 @@ cdef class PeerTarget(PeerSource):
                     outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)
                     if outcome == DONE:
                         outcome = self._push_to_addresses(&wanted, source, pairs, plan, &gate)
-                    fetch_sub(&self._running, 1)
+                    self._leave()
         finally:
             free(plan)
         if outcome != DONE:
@@ -137,7 +137,7 @@ cdef class PeerTarget(PeerSource):
                             plan, plan + tensors, tensors, 0, &found, &gate,
                         )
                     self._drop_hazard(found.hazard)
-                fetch_sub(&self._running, 1)
+                self._leave()
         free(plan)
         if outcome != DONE:
             raise TransferFault(<int>outcome, found.entry.tensors, found.entry.slots, found.entry.stride)

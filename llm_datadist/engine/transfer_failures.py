@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_datadist._core import Outcome, TransferFault
+from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._local import LocalCache
 from llm_datadist.engine.failures import failure
 from llm_datadist.engine.mode_codes import ModeCodes
@@ -50,6 +50,7 @@ class TransferFailures:
             Outcome.TARGET_TENSORS: _INVALID,
             Outcome.TARGET_BLOCK: _INVALID,
             Outcome.TARGET_RANGE: _INVALID,
+            Outcome.CORRUPTED: _FAILED,
         }
 
     def of_pull(self, call: str, cluster_id: int, key: str, cache: LocalCache, fault: TransferFault) -> LLMException:
@@ -120,5 +121,6 @@ class TransferFailures:
                 f"the kernel does not let this process touch private memory of cluster {cluster_id}, and its data"
                 " server cannot be reached"
             ),
+            Outcome.CORRUPTED: f"the checksum says that bytes from or to cluster {cluster_id} changed on the way",
             Outcome.TARGET_READ_ONLY: f"cluster {cluster_id} shares its pool for reading only",
         }

@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+def checksum(data: bytes | bytearray | memoryview, crc: int = 0) -> int: ...
