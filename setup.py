@@ -18,6 +18,8 @@ MODULES = [
     "_pull",
     "_push",
     "_data_server",
+    "_tcp_end",
+    "_tcp_server",
     "_dlpack",
 ]
 

@@ -7,6 +7,8 @@ from llm_datadist._segment cimport Segment
 cdef class Claims:
     cdef readonly Segment segment
     cdef ClaimPage *_page
+    cdef bint _by_threads        # of this process, in the name of the peer
+    cdef uint64_t _users         # these threads
     cdef int _pidfd              # of the peer's process, readable when it has ended; -1 = not known
 
 

@@ -16,7 +16,9 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport uint64_t
 
-from llm_datadist._atomics cimport exchange, fence_full, load_acquire, lowest_bit, store_relaxed, store_release
+from llm_datadist._atomics cimport (
+    exchange, fence_full, fetch_add, fetch_sub, load_acquire, lowest_bit, store_relaxed, store_release,
+)
 from llm_datadist._core cimport (
     BLOCKS_KEY, CACHE_ID, HEADER_BYTES, HIDDEN, LAYOUT_VERSION, MAX_ENTRIES, ORDINARY_KEY, OVERFLOW_BYTES, PRIVATE,
     RECORD_WORDS, REGISTERED, SCATTERED, TABLE_BYTES, DirectoryHeader, Seal, bucket_of, claim_magic, directory_bytes,
@@ -39,12 +41,19 @@ def cache_of_token(bytes token not None):
 
 
 cdef class Claims:
-    """Claim page of one link, seen by its owner: what that peer is reading or writing right now."""
+    """Claim page of one link, seen by its owner: what that peer is reading or writing right now.
+
+    Parameters
+    ----------
+    by_threads : bool
+        Whether threads of this process claim in the name of the peer: these are counted, and known to end.
+    """
 
     def __cinit__(self):
         self._pidfd = -1
 
-    def __init__(self):
+    def __init__(self, bint by_threads=False):
+        self._by_threads = by_threads
         self.segment = Segment.create("llm_datadist:claims", sizeof(ClaimPage), peers_may_write=True)
         self._page = <ClaimPage *>self.segment.base
         self._page.magic = claim_magic()
@@ -73,9 +82,18 @@ cdef class Claims:
         """Tell the peer that from now on its copies prove nothing: memory it reads may be reused."""
         exchange(&self._page.revoked, 1)
 
+    def enter(self):
+        """Take in that a thread of this process begins to use the page; `leave` must follow."""
+        fetch_add(&self._users, 1)
+
+    def leave(self):
+        fetch_sub(&self._users, 1)
+
     @property
     def has_stopped(self) -> bool:
         """Whether a peer whose claims are revoked touches no memory any more."""
+        if self._by_threads:
+            return load_acquire(&self._users) == 0
         if not self.busy:
             return True
         if self._pidfd < 0:

@@ -7,7 +7,7 @@ owner finds it with its next operation.
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from llm_datadist._atomics cimport compare_exchange, fence_full, fetch_or, fetch_sub, load_acquire, load_relaxed
+from llm_datadist._atomics cimport compare_exchange, fence_full, fetch_or, load_acquire, load_relaxed
 from llm_datadist._copy cimport Plan, Run, join_run
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._core cimport (
@@ -159,12 +159,14 @@ cdef class PeerSource(PeerMemory):
             self._leave()
         return outcome
 
+    cdef bint _releases(self, const Pull *pull) noexcept nogil:
+        """Whether a key may have to go when the pull has succeeded."""
+        return pull.consume and pull.kind != PREFIX_KEY and not pull.found.entry.flags & REGISTERED
+
     cdef Outcome _end(self, Pull *pull, Outcome outcome) noexcept nogil:
         """Let the source go, and count it as pulled if that is what the pull is for."""
         cdef Found key
-        cdef bint consume = outcome == DONE and pull.consume and pull.kind != PREFIX_KEY
-        if consume and pull.found.entry.flags & REGISTERED:
-            consume = False
+        cdef bint consume = outcome == DONE and self._releases(pull)
         if consume:
             # Which key goes is settled while the claim still holds the cache and so its chain of keys.
             key = pull.found
@@ -181,19 +183,9 @@ cdef class PeerSource(PeerMemory):
         cdef uint64_t base = 0
         cdef uint64_t used = 0
         cdef uint64_t i
-        cdef Outcome outcome
-        if pull.kind != BLOCKS_KEY:
-            if pull.sealed:
-                return STALE_BLOCKS  # parts of a slot are no blocks that can be sealed
-            if pairs.max_source >= entry.stride // block:
-                return SOURCE_RANGE
-            base = pull.slot * entry.stride
-        elif pairs.max_source >= entry.slots:
-            return SOURCE_BLOCK
-        elif entry.stride != block:
-            return BLOCK_SIZE
-        if pull.sealed and not self._is_sealed(entry, &pull.seal, pairs._sources, pairs.count):
-            return STALE_BLOCKS
+        cdef Outcome outcome = self._check_blocks(pull, block, pairs._sources, pairs.count, pairs.max_source, &base)
+        if outcome != DONE:
+            return outcome
         for i in range(pairs.count):
             used = join_run(runs, used, base + pairs._sources[i] * block, pairs._targets[i] * block, block)
         outcome = self._copy(pull, target, runs, used)
@@ -203,6 +195,26 @@ cdef class PeerSource(PeerMemory):
             if not self._is_sealed(entry, &pull.seal, pairs._sources, pairs.count):
                 return STALE_BLOCKS
         return outcome
+
+    cdef Outcome _check_blocks(
+        self, const Pull *pull, uint64_t block, const uint64_t *blocks, uint64_t count, uint64_t largest, uint64_t *base
+    ) noexcept nogil:
+        """Check source blocks of `block` bytes, and their seals; gives where block 0 begins in a tensor."""
+        cdef const DirectoryEntry *entry = &pull.found.entry
+        base[0] = 0
+        if pull.kind != BLOCKS_KEY:
+            if pull.sealed:
+                return STALE_BLOCKS  # parts of a slot are no blocks that can be sealed
+            if block == 0 or largest >= entry.stride // block:
+                return SOURCE_RANGE
+            base[0] = pull.slot * entry.stride
+        elif largest >= entry.slots:
+            return SOURCE_BLOCK
+        elif entry.stride != block:
+            return BLOCK_SIZE
+        if pull.sealed and not self._is_sealed(entry, &pull.seal, blocks, count):
+            return STALE_BLOCKS
+        return DONE
 
     cdef Outcome _copy(self, Pull *pull, LocalCache target, const Run *runs, uint64_t num_runs) noexcept nogil:
         """Carry out the runs on all chosen tensors."""

@@ -7,7 +7,7 @@ the peer, or bytes that would run over the end of a tensor, fail the whole push.
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
-from llm_datadist._atomics cimport fetch_sub, load_acquire, load_relaxed
+from llm_datadist._atomics cimport load_acquire, load_relaxed
 from llm_datadist._copy cimport Gate, Plan, Run, join_run
 from llm_datadist._core cimport CACHE_ID, HAZARDS, HIDDEN, PRIVATE, SCATTERED, DirectoryEntry, Found
 from llm_datadist._outcome cimport (
@@ -20,18 +20,8 @@ from llm_datadist._pull cimport PeerSource
 from llm_datadist._outcome import TransferFault
 
 
-# What is pushed: tensors of a local cache, and of each of them a slot, blocks, or a slot in blocks.
-cdef struct Source:
-    uint64_t first
-    uint64_t tensors
-    uint64_t base             # offset of block 0 in a tensor
-    uint64_t block            # bytes
-
-
 cdef class PeerTarget(PeerSource):
     """A linked peer that this process pushes into, as well as pulls from; for pushes its pool is mapped writable."""
-
-    cdef uint64_t _last_found   # where the last address was found: the next one mostly lies in the same cache
 
     def push(
         self, LocalCache source not None, uint64_t source_first, list addresses not None, uint64_t source_slot,
@@ -79,7 +69,7 @@ cdef class PeerTarget(PeerSource):
                 outcome = self._enter(deadline_ns)
                 if outcome == DONE:
                     gate = self._gate(deadline_ns)
-                    outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)
+                    outcome = check_source(&wanted, source, source_slot, pairs, block_nbytes)
                     if outcome == DONE:
                         outcome = self._push_to_addresses(&wanted, source, pairs, plan, &gate)
                     self._leave()
@@ -124,11 +114,14 @@ cdef class PeerTarget(PeerSource):
             outcome = self._enter(deadline_ns)
             if outcome == DONE:
                 gate = self._gate(deadline_ns)
-                outcome = _check_source(&wanted, source, source_slot, pairs, block_nbytes)
+                outcome = check_source(&wanted, source, source_slot, pairs, block_nbytes)
                 if outcome == DONE:
                     outcome = self._claim_key(kind, key_id, model_id, &gate, &found)
                 if outcome == DONE:
-                    outcome = _check_target(&found.entry, &wanted, remote_slot, target_first, pairs)
+                    outcome = check_target(
+                        &found.entry, &wanted, remote_slot, target_first, pairs is not None,
+                        pairs.max_target if pairs is not None else 0,
+                    )
                     if outcome == DONE:
                         outcome = self._addresses(&found.entry, target_first, tensors, plan + tensors)
                     if outcome == DONE:
@@ -155,17 +148,11 @@ cdef class PeerTarget(PeerSource):
         cdef uint64_t tensors = wanted.tensors
         cdef uint64_t *targets = plan + tensors
         cdef uint64_t *claim_of = plan + 2 * tensors
-        cdef uint64_t needed = wanted.block
         cdef uint64_t i, first
-        cdef Outcome outcome = DONE
-        if pairs is not None:
-            if pairs.max_target >= (<uint64_t>1 << 62) // wanted.block:
-                return TARGET_ADDRESS
-            needed = (pairs.max_target + 1) * wanted.block
-        for i in range(tensors):
-            outcome = self._resolve(&targets[i], needed, claims, &claimed, &claim_of[i], gate)
-            if outcome != DONE:
-                break
+        cdef Outcome outcome = self._resolve_all(
+            wanted, pairs is not None, pairs.max_target if pairs is not None else 0, targets, claims, &claimed,
+            claim_of, gate,
+        )
         first = 0
         while outcome == DONE and first < tensors:
             i = first + 1
@@ -215,6 +202,25 @@ cdef class PeerTarget(PeerSource):
         return outcome
 
     # ---- addresses of the peer
+
+    cdef Outcome _resolve_all(
+        self, const Source *wanted, bint by_blocks, uint64_t max_target, uint64_t *targets, Found *claims,
+        uint64_t *claimed, uint64_t *claim_of, const Gate *gate,
+    ) noexcept nogil:
+        """Translate target addresses and claim the caches that they lie in; the caller drops the claims."""
+        cdef uint64_t needed = wanted.block
+        cdef uint64_t i
+        cdef Outcome outcome
+        claimed[0] = 0
+        if by_blocks:
+            if wanted.block == 0 or max_target >= (<uint64_t>1 << 62) // wanted.block:
+                return TARGET_ADDRESS
+            needed = (max_target + 1) * wanted.block
+        for i in range(wanted.tensors):
+            outcome = self._resolve(&targets[i], needed, claims, claimed, &claim_of[i], gate)
+            if outcome != DONE:
+                return outcome
+        return DONE
 
     cdef Outcome _resolve(
         self, uint64_t *address, uint64_t needed, Found *claims, uint64_t *claimed, uint64_t *claim, const Gate *gate
@@ -282,7 +288,7 @@ cdef class PeerTarget(PeerSource):
         return within < entry.tensor_nbytes and needed <= entry.tensor_nbytes - within
 
 
-cdef Outcome _check_source(
+cdef Outcome check_source(
     Source *wanted, LocalCache source, uint64_t slot, BlockPairs pairs, uint64_t block_nbytes
 ) noexcept nogil:
     """Check what is pushed against the local cache, and say where its blocks begin."""
@@ -298,16 +304,17 @@ cdef Outcome _check_source(
     return DONE
 
 
-cdef Outcome _check_target(
-    const DirectoryEntry *entry, const Source *wanted, uint64_t slot, uint64_t first, BlockPairs pairs
+cdef Outcome check_target(
+    const DirectoryEntry *entry, const Source *wanted, uint64_t slot, uint64_t first, bint by_blocks,
+    uint64_t max_target,
 ) noexcept nogil:
     """Check what is pushed against a cache of the peer."""
     if wanted.tensors > entry.tensors or first > entry.tensors - wanted.tensors:
         return TARGET_TENSORS
-    if pairs is None:
+    if not by_blocks:
         if slot >= entry.slots:
             return TARGET_BLOCK
         return DONE if wanted.block <= entry.stride else TARGET_RANGE
     if wanted.block != entry.stride:
         return BLOCK_SIZE
-    return DONE if pairs.max_target < entry.slots else TARGET_BLOCK
+    return DONE if max_target < entry.slots else TARGET_BLOCK

@@ -10,7 +10,7 @@ from llm_datadist.buf_pool_option import parse_buf_pool
 from llm_datadist.cache_manager_options import read_cache_manager_options, wants_cache_manager
 from llm_datadist.cluster_info_option import CLUSTER_INFO, own_cluster
 from llm_datadist.engine.copy_threads import MAX_THREADS
-from llm_datadist.engine.options import EngineOptions, SizeClass
+from llm_datadist.engine.options import EngineOptions, NetworkOptions, SizeClass
 from llm_datadist.known_options import warn_of_unknown
 from llm_datadist.mode_rules import ModeRules
 from llm_datadist.option_text import is_decimal, option_number, option_text
@@ -18,6 +18,10 @@ from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument
 
 COPY_THREADS = "llm.CopyThreads"
+DATA_ADDRESS = "llm.DataAddress"
+DATA_CHECKSUM = "llm.DataChecksum"
+DATA_PORTS = "llm.DataPorts"
+TRANSPORT = "llm.Transport"
 MEMORY_SIZE = "ge.flowGraphMemMaxSize"
 MEMORY_UTILIZATION = "llm.MemoryUtilization"
 ROLE = "llm.Role"
@@ -79,6 +83,7 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
         pool_bytes=sum(size_class.total_size for size_class in classes) if classes else pool_bytes,
         buf_pool_classes=classes,
         copy_threads=_copy_threads(options),
+        network=_network(options),
     )
     return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text}, ModeRules())
 
@@ -95,6 +100,7 @@ def _read_cache_manager(role: LLMRole, cluster_id: int, options: dict[str, str])
         sync_kv_timeout_ms=_sync_kv_timeout_ms(options),
         cache_manager=init.options,
         copy_threads=_copy_threads(options),
+        network=_network(options),
     )
     return InitOptions(engine, {}, init.rules)
 
@@ -138,6 +144,15 @@ def _sync_kv_timeout_ms(options: dict[str, str]) -> int:
 
 def _copy_threads(options: dict[str, str]) -> int | None:
     return option_number(COPY_THREADS, option_text(options, COPY_THREADS), 1, MAX_THREADS)
+
+
+def _network(options: dict[str, str]) -> NetworkOptions:
+    return NetworkOptions(
+        transport=option_text(options, TRANSPORT),
+        data_ports=option_text(options, DATA_PORTS),
+        data_address=option_text(options, DATA_ADDRESS),
+        data_checksum=option_text(options, DATA_CHECKSUM),
+    )
 
 
 def _buf_pool_classes(options: dict[str, str]) -> tuple[SizeClass, ...]:

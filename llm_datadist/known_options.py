@@ -7,14 +7,17 @@ import logging
 
 _log = logging.getLogger("llm_datadist")
 
-# Every documented key of the component's own name space, and llm.CopyThreads, which is an addition of this library;
-# other name spaces (ge., hccl.) are the business of others.
+# Every documented key of the component's own name space, and what this library adds (llm.CopyThreads, llm.Data...,
+# llm.Transport); other name spaces (ge., hccl.) are the business of others.
 _PREFIX = "llm."
 _KNOWN = frozenset(
     {
         "llm.BufPoolCfg",
         "llm.ClusterInfo",
         "llm.CopyThreads",
+        "llm.DataAddress",
+        "llm.DataChecksum",
+        "llm.DataPorts",
         "llm.EnableCacheManager",
         "llm.EnableRemoteCacheAccessible",
         "llm.EnableSwitchRole",
@@ -33,6 +36,7 @@ _KNOWN = frozenset(
         "llm.Role",
         "llm.SyncKvCacheWaitTime",
         "llm.TransferBackend",
+        "llm.Transport",
         "llm.deployResPath",
         "llm.listenIpInfo",
     }

@@ -170,6 +170,11 @@ class ControlLoop:
         self._readers[connection.fileno()] = on_readable
         self._epoll.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
 
+    def watch_writable(self, connection: socket.socket, on_writable: Callable[[], None]) -> None:
+        """Run a handler when the socket can be written to: when its connection was made, or has failed."""
+        self._readers[connection.fileno()] = on_writable
+        self._epoll.register(connection, select.EPOLLOUT)
+
     def unwatch(self, connection: socket.socket) -> None:
         """Forget a socket; call before it is closed."""
         if self._readers.pop(connection.fileno(), None) is not None and not self._epoll.closed:

@@ -12,7 +12,7 @@ from typing import Any, Union
 
 import msgpack
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_TEXT = 4096
 MAX_ITEMS = 64
@@ -32,6 +32,7 @@ class Hello:
     instance: bytes  # random, made at init: tells a process that came back from the one that died
     host: str  # see transports.rendezvous.host_identity
     transports: list[str]  # offered, best first
+    reason: str  # why a better one is not offered; empty if there is nothing to say
     timeout_ms: int  # how long the client waits; the server forgets the request then
     cache_manager: bool  # whether the client is in cache-manager mode; both must be, or none
 
@@ -44,7 +45,10 @@ class Accept:
     instance: bytes
     token: bytes  # names this link from now on
     transport: str  # chosen from the offers
+    reason: str  # why this one
     rendezvous: str  # shared_memory: abstract name of the server's Unix socket
+    data_host: str  # tcp: address of the data port; empty = the one that the client has spoken to
+    data_port: int  # tcp
 
 
 @dataclasses.dataclass(frozen=True)

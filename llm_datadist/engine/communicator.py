@@ -21,8 +21,8 @@ from llm_datadist.control.loop import ControlLoop
 from llm_datadist.control.messages import MemberHello, MessageError, Refuse
 from llm_datadist.control.stream import receive_message, send_message
 from llm_datadist.engine.conversation import Conversation, Ending
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity, Link
-from llm_datadist.engine.link_client import MakeGrant
 from llm_datadist.engine.link_state import LinkState
 from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.engine.member_handshake import MemberRefused, NobodyThere, Place, Steps, accept, join
@@ -93,7 +93,7 @@ class Communicator:
         Watches connections and the clock.
     identity : Identity
         Of this process.
-    make_grant : callable
+    grants : Grants
         Makes what a member may reach.
     table : LinkTable
         Takes the links.
@@ -104,12 +104,12 @@ class Communicator:
         membership: Membership,
         loop: ControlLoop,
         identity: Identity,
-        make_grant: MakeGrant,
+        grants: Grants,
         table: LinkTable,
     ) -> None:
         self.membership = membership
         self._loop = loop
-        self._make_grant = make_grant
+        self._grants = grants
         self._table = table
         self._hello = MemberHello(identity.cluster_id, membership.rank, identity.instance, membership.rank_table)
         self._others = {rank: number for rank, number in membership.members.items() if rank != membership.rank}
@@ -191,7 +191,7 @@ class Communicator:
         if connection is not None:
             handshake = Conversation(self._loop, connection, lambda ending: self._on_end(handshake, ending))
             self._handshakes[rank] = handshake
-            handshake.start(join(connection, self._place(rank), self._hello, self._make_grant))
+            handshake.start(join(connection, self._place(rank), self._hello, self._grants))
 
     def _call(self, rank: int) -> None:
         """Let a member of higher rank know that this one is there, if that one is."""
@@ -257,7 +257,7 @@ class Communicator:
             self._handshakes.pop(rank).close()  # the member has begun again
         self._strangers.remove(stranger)
         self._handshakes[rank] = stranger
-        return (yield from accept(connection, self._place(rank), hello, self._hello, self._make_grant))
+        return (yield from accept(connection, self._place(rank), hello, self._hello, self._grants))
 
     def _objection(self, hello: MemberHello) -> str | None:
         expected = self._others.get(hello.rank)

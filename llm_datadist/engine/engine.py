@@ -15,6 +15,7 @@ from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
 from llm_datadist.engine.copy_threads import copy_threads
 from llm_datadist.engine.failures import failure, invalid, no_cache
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress, Identity
 from llm_datadist.engine.link_calls import LinkCalls, LinkResult
@@ -24,6 +25,7 @@ from llm_datadist.engine.link_table import LinkDescription, LinkTable
 from llm_datadist.engine.local_copies import LocalCopies
 from llm_datadist.engine.members import Members
 from llm_datadist.engine.mode_codes import CACHE_MANAGER_MODE, KV_MODE
+from llm_datadist.engine.network import network
 from llm_datadist.engine.options import CacheManagerOptions, EngineOptions
 from llm_datadist.engine.peer_link_calls import PeerLinkCalls
 from llm_datadist.engine.process_mark import ProcessMark
@@ -32,10 +34,8 @@ from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, Tr
 from llm_datadist.engine.transfers import Transfers
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMException, LLMStatusCode
-from llm_datadist.transports.data_service import DataService
 from llm_datadist.transports.private_memory import let_peers_in
 from llm_datadist.transports.rendezvous import host_identity
-from llm_datadist.transports.shared_memory import SharedMemoryGrant
 
 _SERVICE_SECONDS = 5.0  # for the threads of the data server, which end with their sockets
 DEFAULT_POOL_BYTES = 1 << 30  # when ge.flowGraphMemMaxSize is not given; pages are taken only as caches need them
@@ -68,6 +68,7 @@ class Engine(Transfers):
         self._failures = TransferFailures(self._codes, options.sync_kv_timeout_ms)
         self._jobs = TransferJobs(self._codes.timeout)
         self._copy_threads = copy_threads(options.copy_threads)
+        settings = network(options.network)
         self._caches = _open_caches(options)
         try:
             self._loop = ControlLoop()
@@ -75,20 +76,19 @@ class Engine(Transfers):
             self._caches.close()
             raise
         enter_workers()
-        self._service: DataService | None = None
         if options.cache_manager is not None:
             let_peers_in()
-            self._service = DataService(self._caches.device.segment, self._caches.directory, self._caches.lock)
+        self._grants = Grants(self._caches, options.cache_manager is not None)
         self._copies = LocalCopies(self._caches, self._timeout_ms, self._copy_threads, self._codes.timeout)
         cache_manager = options.cache_manager
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity(), cache_manager is not None)
         self._links = LinkTable(self._loop, self._caches.forget_peer, identity, self._copy_threads)
-        client = LinkClient(self._loop.context, identity, self._grant)
+        client = LinkClient(self._loop, identity, self._grants, settings)
         self._calls = LinkCalls(self._links, client)
         self._peer_calls = PeerLinkCalls(self._links, client, identity, cache_manager) if cache_manager else None
         members_options = cache_manager or CacheManagerOptions()
-        self._members = Members(self._loop, identity, self._grant, self._links, members_options)
-        self._listener = LinkListener(self._loop, identity, self._grant, self._links)
+        self._members = Members(self._loop, identity, self._grants, self._links, members_options)
+        self._listener = LinkListener(self._loop, identity, self._grants, self._links, settings)
         self._may_switch = options.enable_switch_role
         self._may_move = cache_manager is None or not cache_manager.has_backend
         try:
@@ -110,7 +110,7 @@ class Engine(Transfers):
         self._listener.close()
         self._members.close()
         self._links.close()
-        served = self._service is None or self._service.close(_SERVICE_SECONDS)
+        served = self._grants.close(_SERVICE_SECONDS)
         if self._copies.close() and served:
             self._caches.close()
             leave_workers()
@@ -390,16 +390,6 @@ class Engine(Transfers):
         """List all links."""
         self._require_open("describe_links")
         return self._links.describe()
-
-    def _grant(self, peer_writes: bool) -> SharedMemoryGrant:
-        caches = self._caches
-        return SharedMemoryGrant(
-            caches.device.segment,
-            caches.directory,
-            caches.lock,
-            peer_writes=peer_writes or self._service is not None,
-            service=self._service,
-        )
 
     def _require_open(self, call: str) -> None:
         if not self.is_open or self._process is not ProcessMark.current:

@@ -75,6 +75,8 @@ class Link:
         What the peer may do to the caches of this process.
     connection : socket
         Kept open as long as the link; the kernel closes it when a process dies.
+    reason : str
+        Why it has the transport that it has.
     farewell : Future of bytes
         What the peer says to an unlink that was started here: `GONE` or `BUSY` of `llm_datadist.transports.rendezvous`,
         or nothing (b"") if it was lost.
@@ -90,6 +92,7 @@ class Link:
         connection: socket.socket,
         address: ClusterAddress | None = None,
         communicator: int | None = None,
+        reason: str = "",
     ) -> None:
         self.cluster_id = cluster_id
         self.token = token
@@ -99,6 +102,7 @@ class Link:
         self.connection = connection
         self.address = address
         self.communicator = communicator
+        self.reason = reason
         self.farewell: Future[bytes] = Future()
         self.status = LinkStatus()
         self.status.handle(LinkEvent.SET_UP)

@@ -7,11 +7,9 @@ import os
 import socket
 import struct
 import time
-from typing import Callable
-
-import zmq
 
 from llm_datadist.control.client import NoAnswer, Unreachable, request
+from llm_datadist.control.loop import ControlLoop
 from llm_datadist.control.messages import (
     Accept,
     Hello,
@@ -23,17 +21,20 @@ from llm_datadist.control.messages import (
     Unlink,
     Unlinked,
 )
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import ClusterAddress, Identity, Link
 from llm_datadist.engine.link_state import LinkEvent
+from llm_datadist.engine.network import Network
+from llm_datadist.engine.tcp_join import Joined, join
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMStatusCode, code_2_status
-from llm_datadist.transports import rendezvous, shared_memory
+from llm_datadist.transports import rendezvous, shared_memory, tcp
 
 _log = logging.getLogger("llm_datadist.link")
 
 
-# Makes this side's grant for one link; the argument says whether the peer will push into the pool.
-MakeGrant = Callable[[bool], shared_memory.SharedMemoryGrant]
+class _NotMapped(Exception):
+    """The memory of a peer on this host cannot be mapped; says why."""
 
 
 class LinkRefused(Exception):
@@ -51,16 +52,18 @@ def address_text(ip: int) -> str:
 
 
 class LinkClient:
-    """Speaks to servers over ZeroMQ and, once accepted, over their Unix socket.
+    """Speaks to servers over ZeroMQ and, once accepted, over their Unix socket or their data port.
 
     Parameters
     ----------
-    context : zmq.Context
-        Makes the sockets of requests.
+    loop : ControlLoop
+        Has the context of requests; makes further data connections later.
     identity : Identity
         Of this process.
-    make_grant : callable
+    grants : Grants
         Makes what the server may reach.
+    network : Network
+        Which transports may be used.
 
     Notes
     -----
@@ -68,10 +71,11 @@ class LinkClient:
     it may be used from several threads.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], identity: Identity, make_grant: MakeGrant) -> None:
-        self._context = context
+    def __init__(self, loop: ControlLoop, identity: Identity, grants: Grants, network: Network) -> None:
+        self._loop = loop
         self._identity = identity
-        self._make_grant = make_grant
+        self._grants = grants
+        self._network = network
 
     def set_up(self, cluster: ClusterAddress, role: LLMRole, deadline: float) -> Link:
         """Make a link.
@@ -82,22 +86,31 @@ class LinkClient:
             LLM_LINK_FAILED, LLM_WAIT_PROCESS_TIMEOUT, or what the server says; LLM_PROCESSING_LINK: it is linking to
             this process at the same moment, and its link comes first. Nothing is left open.
         """
-        try:
-            accept = self._introduce(cluster, role, deadline)
-            return self._join(cluster, accept, deadline)
-        except (NoAnswer, socket.timeout) as error:
-            raise LinkRefused(LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT, str(error)) from error
-        except (Unreachable, MessageError, OSError, ValueError, rendezvous.ForeignProcess) as error:
-            raise LinkRefused(LLMStatusCode.LLM_LINK_FAILED, str(error)) from error
+        offers, reason = list(self._network.transports), ""
+        while True:
+            try:
+                accept = self._introduce(cluster, role, offers, reason, deadline)
+                return self._join(cluster, accept, deadline)
+            except (NoAnswer, socket.timeout) as error:
+                raise LinkRefused(LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT, str(error)) from error
+            except _NotMapped as error:
+                if tcp.NAME not in offers:
+                    raise LinkRefused(LLMStatusCode.LLM_LINK_FAILED, str(error)) from error
+                offers, reason = [tcp.NAME], str(error)
+            except (Unreachable, MessageError, OSError, ValueError) as error:
+                raise LinkRefused(LLMStatusCode.LLM_LINK_FAILED, str(error)) from error
 
-    def _introduce(self, cluster: ClusterAddress, role: LLMRole, deadline: float) -> Accept:
+    def _introduce(
+        self, cluster: ClusterAddress, role: LLMRole, offers: list[str], reason: str, deadline: float
+    ) -> Accept:
         hello = Hello(
             cluster_id=self._identity.cluster_id,
             remote_cluster_id=cluster.remote_cluster_id,
             role=int(role),
             instance=self._identity.instance,
             host=self._identity.host,
-            transports=[shared_memory.NAME],
+            transports=offers,
+            reason=reason,
             timeout_ms=max(1, int((deadline - time.monotonic()) * 1000)),
             cache_manager=self._identity.cache_manager,
         )
@@ -106,19 +119,17 @@ class LinkClient:
             raise LinkRefused(code_2_status(answer.code), answer.reason, is_final=True)
         if not isinstance(answer, Accept) or len(answer.token) != rendezvous.TOKEN_BYTES:
             raise MessageError(f"unexpected answer {answer!r}")
+        if answer.transport not in offers:
+            raise MessageError(f"the server chose {answer.transport!r}, the offers were {offers}")
         return answer
 
     def _join(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Link:
-        connection = rendezvous.connect(accept.rendezvous, _left(deadline))
-        puller = grant = None
+        if accept.transport == tcp.NAME:
+            joined = self._join_tcp(cluster, accept, deadline)
+        else:
+            joined = self._join_shared_memory(accept, deadline)
+        end, grant, connection = joined
         try:
-            connection.sendall(accept.token)
-            connection.settimeout(_left(deadline))
-            granted = rendezvous.receive_descriptors(connection, rendezvous.GRANTED, shared_memory.NUM_DESCRIPTORS)
-            private = connection if self._identity.cache_manager else None
-            puller = shared_memory.attach(granted, pool_writable=self._identity.cache_manager, connection=private)
-            grant = self._make_grant(True)
-            grant.send(connection, rendezvous.MAPPED)
             connection.settimeout(_left(deadline))
             word = connection.recv(1)
             if word == rendezvous.CROSSED:
@@ -127,15 +138,48 @@ class LinkClient:
                 raise ConnectionError("the server gave the link up during the handshake")
             connection.setblocking(False)
         except BaseException:
+            _discard(joined)
+            raise
+        number = cluster.remote_cluster_id
+        link = Link(number, accept.token, accept.instance, end, grant, connection, cluster, reason=accept.reason)
+        link.status.handle(LinkEvent.MADE)
+        return link
+
+    def _join_shared_memory(self, accept: Accept, deadline: float) -> Joined:
+        """Exchange what both sides map; raises `_NotMapped` if it cannot be mapped."""
+        try:
+            connection = rendezvous.connect(accept.rendezvous, _left(deadline))
+        except rendezvous.ForeignProcess as error:
+            raise _NotMapped(str(error)) from error
+        puller = grant = None
+        try:
+            connection.sendall(accept.token)
+            connection.settimeout(_left(deadline))
+            granted = rendezvous.receive_descriptors(connection, rendezvous.GRANTED, shared_memory.NUM_DESCRIPTORS)
+            private = connection if self._identity.cache_manager else None
+            puller = _attach(granted, self._identity.cache_manager, private)
+            grant = self._grants.shared_memory(True)
+            grant.send(connection, rendezvous.MAPPED)
+            return Joined(puller, grant, connection)
+        except BaseException:
             if puller is not None:
                 puller.close(time.monotonic_ns())
             if grant is not None:
                 grant.revoke()
             connection.close()
             raise
-        link = Link(cluster.remote_cluster_id, accept.token, accept.instance, puller, grant, connection, cluster)
-        link.status.handle(LinkEvent.MADE)
-        return link
+
+    def _join_tcp(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Joined:
+        host = accept.data_host or address_text(cluster.remote[0][0])
+        return join(
+            self._loop,
+            (host, accept.data_port),
+            accept.token,
+            self._identity,
+            self._grants,
+            summed=self._network.summed,
+            deadline=deadline,
+        )
 
     def unlink(self, link: Link, deadline: float) -> LLMStatusCode:
         """Ask the server to take its side down, and tell what came of it.
@@ -164,7 +208,7 @@ class LinkClient:
 
     def _ask(self, cluster: ClusterAddress, message: Message, deadline: float) -> Message:
         ip, port = cluster.remote[0]
-        return request(self._context, address_text(ip), port, message, deadline)
+        return request(self._loop.context, address_text(ip), port, message, deadline)
 
 
 def new_instance() -> bytes:
@@ -177,3 +221,16 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise NoAnswer("the handshake did not end in time")
     return left
+
+
+def _attach(granted: list[int], both_ways: bool, private: socket.socket | None) -> shared_memory.SharedMemoryEnd:
+    try:
+        return shared_memory.attach(granted, pool_writable=both_ways, connection=private)
+    except OSError as error:
+        raise _NotMapped(f"the memory of the peer cannot be mapped: {error}") from error
+
+
+def _discard(joined: Joined) -> None:
+    joined.end.close(time.monotonic_ns())
+    joined.grant.revoke()
+    joined.connection.close()

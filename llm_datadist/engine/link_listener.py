@@ -6,10 +6,11 @@ import threading
 
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.engine.failures import failure
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity
-from llm_datadist.engine.link_client import MakeGrant
 from llm_datadist.engine.link_server import LinkServer
 from llm_datadist.engine.link_table import LinkTable
+from llm_datadist.engine.network import Network
 from llm_datadist.status import LLMStatusCode
 
 Address = tuple[str, int]
@@ -24,17 +25,22 @@ class LinkListener:
         Carries the messages.
     identity : Identity
         Of this process.
-    make_grant : callable
+    grants : Grants
         Makes what a client may reach.
     table : LinkTable
         Takes the links.
+    network : Network
+        Which transports may be used, and where data connections are accepted.
     """
 
-    def __init__(self, loop: ControlLoop, identity: Identity, make_grant: MakeGrant, table: LinkTable) -> None:
+    def __init__(
+        self, loop: ControlLoop, identity: Identity, grants: Grants, table: LinkTable, network: Network
+    ) -> None:
         self._loop = loop
         self._identity = identity
-        self._make_grant = make_grant
+        self._grants = grants
         self._table = table
+        self._network = network
         self._address: Address | None = None
         self._server: LinkServer | None = None
         self._moving = threading.Lock()  # held while the address changes
@@ -113,7 +119,7 @@ class LinkListener:
             raise failure(call, LLMStatusCode.LLM_EXIST_LINK, reason)
 
     def _new_server(self) -> LinkServer:
-        return LinkServer(self._loop, self._identity, self._make_grant, self._table)
+        return LinkServer(self._loop, self._identity, self._grants, self._table, self._network)
 
     def close(self) -> None:
         """Stop listening. The control loop has ended."""

@@ -1,8 +1,8 @@
 """The server's half of link messages: answers clients in the control thread.
 
 A set-up goes through four steps, each under the client's deadline: the Hello is answered with a token, the client comes
-to the Unix socket with it, gets the descriptors, and says that it has mapped them. At most 16 set-ups are under way at
-one time; further ones wait in line.
+to the Unix socket or the data port with it, gets what it may reach, and says that it has it. At most 16 set-ups are
+under way at one time; further ones wait in line.
 """
 
 from __future__ import annotations
@@ -28,32 +28,24 @@ from llm_datadist.control.messages import (
     decode,
     encode,
 )
+from llm_datadist.engine.entrance import Entrance
 from llm_datadist.engine.failures import failure
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity, Link
-from llm_datadist.engine.link_client import MakeGrant
 from llm_datadist.engine.link_state import LinkEvent
 from llm_datadist.engine.link_table import LinkTable
+from llm_datadist.engine.network import Network
+from llm_datadist.engine.set_ups import SetUp, SharedMemorySetUp, TcpSetUp, take_stream
+from llm_datadist.engine.transport_choice import Choice, choose
 from llm_datadist.status import LLMStatusCode
-from llm_datadist.transports import rendezvous, shared_memory
+from llm_datadist.transports import rendezvous, shared_memory, tcp
 
 _log = logging.getLogger("llm_datadist.link")
 
 MAX_SET_UPS = 16  # at one time on a server, documented
 _MAX_WAITING = 1024  # Hellos in line; more is no engine that links but a mistake or an attack
 _MAX_SET_UP_SECONDS = 60.0  # whatever a client claims: it holds one of few places
-_STRANGER_SECONDS = 5.0  # for a connection to present its token
 _CLOSE_SECONDS = 1.0  # for the listener to be gone
-
-
-class _SetUp:
-    """A link that a client is making, from the accepted Hello on."""
-
-    def __init__(self, hello: Hello, token: bytes, deadline: float) -> None:
-        self.hello = hello
-        self.token = token
-        self.deadline = deadline
-        self.connection: socket.socket | None = None
-        self.grant: shared_memory.SharedMemoryGrant | None = None
 
 
 class LinkServer:
@@ -65,29 +57,29 @@ class LinkServer:
         Carries the messages; not started yet or running.
     identity : Identity
         Of this process.
-    make_grant : callable
-        Makes the server's end of the shared-memory transport.
+    grants : Grants
+        Makes what a client may reach.
     table : LinkTable
         Takes finished links, says who must be refused.
+    network : Network
+        Which transports may be used, and where data connections are accepted.
     """
 
     def __init__(
-        self,
-        loop: ControlLoop,
-        identity: Identity,
-        make_grant: MakeGrant,
-        table: LinkTable,
+        self, loop: ControlLoop, identity: Identity, grants: Grants, table: LinkTable, network: Network
     ) -> None:
         self._loop = loop
         self._identity = identity
-        self._make_grant = make_grant
+        self._grants = grants
         self._table = table
-        self._set_ups: dict[bytes, _SetUp] = {}
+        self._network = network
+        self._set_ups: dict[bytes, SetUp] = {}
         self._waiting: deque[tuple[bytes, Hello, float]] = deque()
-        self._strangers: set[socket.socket] = set()
         self._address: tuple[str, int] | None = None
         self._router: zmq.Socket[bytes] | None = None
-        self._listener, self._name = rendezvous.listen()
+        self._name = ""  # of the Unix socket
+        self._data_address = ("", 0)
+        self._entrances: list[Entrance] = []
 
     def start(self, host: str, port: int) -> None:
         """Listen on the given address. In any thread.
@@ -106,30 +98,52 @@ class LinkServer:
         try:
             self._router = self._loop.bind(host, port)
         except zmq.ZMQError as error:
-            self._listener.close()
             reason = f"cannot listen on {host}:{port} ({error.strerror}), choose a free port"
             raise failure("listening", LLMStatusCode.LLM_FAILED, reason) from error
         self._address = (host, port)
+        try:
+            self._make_entrances(host)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _make_entrances(self, host: str) -> None:
+        if shared_memory.NAME in self._network.transports:
+            listener, self._name = rendezvous.listen()
+            size = rendezvous.TOKEN_BYTES
+            self._entrances.append(Entrance(self._loop, listener, rendezvous.accept, size, self._on_token))
+        if tcp.NAME not in self._network.transports:
+            return
+        host, ports = self._network.data_address or host, self._network.data_ports
+        try:
+            listener = tcp.listen(host, ports)
+        except OSError as error:
+            where = "any port" if ports is None else f"ports {ports[0]} to {ports[1]}"
+            reason = f"cannot accept data connections on {host}, {where} ({error.strerror or error})"
+            raise failure("listening", LLMStatusCode.LLM_FAILED, reason) from error
+        address = listener.getsockname()
+        self._data_address = (address[0] if self._network.data_address else "", address[1])
+        self._entrances.append(Entrance(self._loop, listener, _accept, tcp.PREAMBLE_BYTES, self._on_preamble))
 
     def discard(self) -> None:
         """Give up an address that was never served. In any thread."""
         assert self._router is not None
         self._router.close()
-        self._listener.close()
+        for entrance in self._entrances:
+            entrance.listener.close()
 
     def serve(self) -> None:
         """Answer clients from now on."""
         assert self._router is not None
         self._loop.adopt(self._router, self.on_message)
-        self._loop.watch(self._listener, self._on_connection)
+        for entrance in self._entrances:
+            entrance.open()
 
     def close(self) -> None:
         """Stop listening and give up what is under way; in the control thread, or when it has ended."""
         self._loop.unlisten()
-        self._loop.unwatch(self._listener)
-        self._listener.close()
-        for connection in list(self._strangers):
-            self._forget_stranger(connection)
+        for entrance in self._entrances:
+            entrance.close()
         self._waiting.clear()  # first, or they would take the places that come free
         for set_up in list(self._set_ups.values()):
             self._abandon(set_up, "the server stops")
@@ -181,21 +195,36 @@ class LinkServer:
         return not self._set_ups or len(self._set_ups) < min(MAX_SET_UPS, self._table.room())
 
     def _start(self, peer: bytes, hello: Hello, deadline: float) -> None:
-        refusal = self._check(hello)
+        choice = choose(hello, self._identity, self._network.transports)
+        refusal = self._check(hello, choice)
         if refusal is not None:
             level = logging.DEBUG if refusal.code == LLMStatusCode.LLM_PROCESSING_LINK else logging.WARNING
             _log.log(level, "refused cluster %d: %s", hello.cluster_id, refusal.reason)
             self._reply(peer, refusal)
             return
-        set_up = _SetUp(hello, rendezvous.new_token(), deadline)
+        set_up = self._new_set_up(hello, choice, deadline)
         self._set_ups[set_up.token] = set_up
         self._loop.at(deadline, lambda: self._expire(set_up))
+        host, port = self._data_address
         accept = Accept(
-            self._identity.cluster_id, self._identity.instance, set_up.token, shared_memory.NAME, self._name
+            cluster_id=self._identity.cluster_id,
+            instance=self._identity.instance,
+            token=set_up.token,
+            transport=choice.transport or "",
+            reason=choice.reason,
+            rendezvous=self._name,
+            data_host=host,
+            data_port=port,
         )
         self._reply(peer, accept)
 
-    def _check(self, hello: Hello) -> Refuse | None:
+    def _new_set_up(self, hello: Hello, choice: Choice, deadline: float) -> SetUp:
+        token = rendezvous.new_token()
+        if choice.transport == tcp.NAME:
+            return TcpSetUp(hello, token, choice, deadline, self._network.summed)
+        return SharedMemorySetUp(hello, token, choice, deadline)
+
+    def _check(self, hello: Hello, choice: Choice) -> Refuse | None:
         failed = LLMStatusCode.LLM_LINK_FAILED
         if hello.remote_cluster_id != self._identity.cluster_id:
             return Refuse(
@@ -212,109 +241,103 @@ class LinkServer:
             )
         if hello.instance == self._identity.instance:
             return Refuse(failed, "the client is this very process")
-        if shared_memory.NAME not in hello.transports or hello.host != self._identity.host:
-            return Refuse(failed, f"no transport in common: the client offers {hello.transports} on host {hello.host}")
+        if choice.transport is None:
+            return Refuse(failed, f"no transport in common: {choice.reason}")
         return self._table.admit(hello)
 
     # ---- set-ups
 
-    def _on_connection(self) -> None:
-        try:
-            connection = rendezvous.accept(self._listener)
-        except BlockingIOError:
-            return  # the client has gone again
-        except rendezvous.ForeignProcess as error:
-            _log.warning("refused a connection: %s", error)
-            return
-        self._strangers.add(connection)
-        self._loop.watch(connection, lambda: self._on_token(connection))
-        self._loop.at(time.monotonic() + _STRANGER_SECONDS, lambda: self._forget_stranger(connection))
-
-    def _on_token(self, connection: socket.socket) -> None:
-        try:
-            token = connection.recv(rendezvous.TOKEN_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            token = b""
+    def _on_token(self, connection: socket.socket, token: bytes) -> None:
+        """Take a client that has come to the Unix socket."""
         set_up = self._set_ups.get(token)
-        if set_up is None or set_up.connection is not None:
-            if token:
-                _log.warning("refused a connection with an unknown token")
-            self._forget_stranger(connection)
+        if not isinstance(set_up, SharedMemorySetUp) or set_up.connection is not None:
+            _log.warning("refused a connection with an unknown token")
+            connection.close()
             return
-        self._strangers.discard(connection)
-        self._loop.unwatch(connection)
-        set_up.connection = connection
+        self._begin(set_up, connection)
+
+    def _on_preamble(self, connection: socket.socket, preamble: bytes) -> None:
+        """Take a client that has come to the data port."""
+        said = tcp.read_preamble(preamble)
+        token, purpose = said or (b"", b"")
+        set_up = self._set_ups.get(token)
+        if purpose == tcp.LINK and isinstance(set_up, TcpSetUp) and set_up.connection is None:
+            self._begin(set_up, connection)
+        elif purpose in (tcp.FORWARD, tcp.REVERSE) and isinstance(set_up, TcpSetUp):
+            set_up.take(connection, purpose)
+        else:
+            link = self._table.accepted_with(token) if purpose in (tcp.FORWARD, tcp.REVERSE) else None
+            if link is None:
+                _log.warning("refused a data connection from %s", _name_of(connection))
+                connection.close()
+            else:
+                take_stream(connection, purpose, link.end, link.grant)
+
+    def _begin(self, set_up: SetUp, connection: socket.socket) -> None:
         try:
-            set_up.grant = self._make_grant(self._identity.cache_manager)
-            set_up.grant.send(connection, rendezvous.GRANTED)
+            set_up.begin(connection, self._identity, self._grants)
         except OSError as error:
-            self._abandon(set_up, f"cannot send descriptors: {error}")
+            self._abandon(set_up, f"cannot answer it: {error}")
             return
         self._loop.watch(connection, lambda: self._on_mapped(set_up))
 
-    def _forget_stranger(self, connection: socket.socket) -> None:
-        if connection in self._strangers:
-            self._strangers.discard(connection)
-            self._loop.unwatch(connection)
-            connection.close()
-
-    def _on_mapped(self, set_up: _SetUp) -> None:
+    def _on_mapped(self, set_up: SetUp) -> None:
         connection, grant = set_up.connection, set_up.grant
         assert connection is not None
         assert grant is not None
         try:
-            granted = rendezvous.receive_descriptors(connection, rendezvous.MAPPED, shared_memory.NUM_DESCRIPTORS)
-            private = connection if self._identity.cache_manager else None
-            pusher = shared_memory.attach(granted, pool_writable=True, connection=private)
+            end = set_up.finish(self._identity)
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
             self._abandon(set_up, f"the client gave up or is no peer of ours: {error}")
             return
         hello = set_up.hello
-        link = Link(hello.cluster_id, set_up.token, hello.instance, pusher, grant, connection)
+        link = Link(hello.cluster_id, set_up.token, hello.instance, end, grant, connection, reason=set_up.choice.reason)
         link.status.handle(LinkEvent.MADE)
         self._loop.unwatch(connection)
         # In the table before the client hears of it: its first pull or unlink may come at once.
         refusal = self._table.add_accepted(hello, link)
         if refusal is not None:  # another link of the same cluster was quicker
-            pusher.close(time.monotonic_ns())
+            end.close(time.monotonic_ns())
             if refusal.code == LLMStatusCode.LLM_PROCESSING_LINK:
-                self._send(set_up, rendezvous.CROSSED)
+                set_up.say(rendezvous.CROSSED)
             self._abandon(set_up, refusal.reason)
             return
         self._end(set_up)
-        self._send(set_up, rendezvous.LINKED)
+        set_up.say(rendezvous.LINKED)
 
-    @staticmethod
-    def _send(set_up: _SetUp, word: bytes) -> None:
-        assert set_up.connection is not None
-        try:
-            set_up.connection.send(word)
-        except OSError:  # the loop sees it close
-            _log.info("cluster %d is gone before its link was finished", set_up.hello.cluster_id)
-
-    def _expire(self, set_up: _SetUp) -> None:
+    def _expire(self, set_up: SetUp) -> None:
         if set_up.token in self._set_ups:
             self._abandon(set_up, "the client's timeout passed")
 
-    def _abandon(self, set_up: _SetUp, reason: str) -> None:
+    def _abandon(self, set_up: SetUp, reason: str) -> None:
         _log.warning("link set-up of cluster %d ended: %s", set_up.hello.cluster_id, reason)
         if set_up.connection is not None:
             self._loop.unwatch(set_up.connection)
-            set_up.connection.close()
-        if set_up.grant is not None:
-            set_up.grant.revoke()
+        set_up.discard()
         self._end(set_up)
 
-    def _end(self, set_up: _SetUp) -> None:
+    def _end(self, set_up: SetUp) -> None:
         del self._set_ups[set_up.token]
         while self._waiting and self._has_place():
             peer, hello, deadline = self._waiting.popleft()
             if deadline > time.monotonic():
                 self._start(peer, hello, deadline)
+
+
+def _accept(listener: socket.socket) -> socket.socket:
+    """Take the next data connection, non-blocking."""
+    connection, _ = listener.accept()
+    connection.setblocking(False)
+    return connection
+
+
+def _name_of(connection: socket.socket) -> str:
+    try:
+        return str(connection.getpeername()[0])
+    except OSError:
+        return "somebody who is gone"
 
 
 def _is_free(address: tuple[str, int]) -> bool:

@@ -40,6 +40,8 @@ class LinkDescription(NamedTuple):
         Id of the communicator that the link belongs to; None if it was made by ``link_clusters``.
     private_memory : str or None
         The way to memory that the peer's program has registered: ``process_vm`` or ``data_server``; None in KV mode.
+    reason : str
+        Why the link has this transport.
     """
 
     cluster_id: int
@@ -48,6 +50,7 @@ class LinkDescription(NamedTuple):
     client: bool
     communicator: int | None = None
     private_memory: str | None = None
+    reason: str = ""
 
 
 class LinkTable:
@@ -134,6 +137,7 @@ class LinkTable:
                     link.opened_here,
                     link.communicator,
                     link.end.private_memory,
+                    link.reason,
                 )
                 for links in self._links.values()
                 for link in links
@@ -229,7 +233,7 @@ class LinkTable:
             return
         self._loop.start()
         self._loop.call(lambda: self._watch_if_open(link))
-        _log.info("linked to cluster %d over %s", link.cluster_id, link.end.name)
+        _log.info("linked to cluster %d over %s: %s", link.cluster_id, link.end.name, link.reason)
 
     def start_unlink(self, link: Link) -> bool:
         """Let no new transfer start on a link; False, and nothing changed, if one uses it."""
@@ -300,7 +304,7 @@ class LinkTable:
         self._on_peer_gone()
         if refusal is None:
             self._watch(link)
-            _log.info("linked by cluster %d over %s", link.cluster_id, link.end.name)
+            _log.info("linked by cluster %d over %s: %s", link.cluster_id, link.end.name, link.reason)
         return refusal
 
     def drop(self, cluster_id: int, token: bytes) -> LLMStatusCode:
@@ -321,6 +325,15 @@ class LinkTable:
         with self._lock:
             link = self._find(cluster_id)
             return link is not None and link.token == token and link.state is LinkState.LINKED
+
+    def accepted_with(self, token: bytes) -> Link | None:
+        """Give the whole link that a client has made under a token; None if there is none."""
+        with self._lock:
+            for links in self._links.values():
+                for link in links:
+                    if link.token == token and not link.opened_here and link.state is LinkState.LINKED:
+                        return link
+        return None
 
     def _notice_death(self, cluster_id: int) -> None:
         """Look whether the peer of a link has died: word of it may still lie in its connection."""
@@ -447,6 +460,8 @@ class LinkTable:
         if words:
             for descriptor in descriptors:  # data channels, which is all that comes with one
                 link.grant.serve(descriptor)
+            if rendezvous.CHANNEL in words and not descriptors:
+                link.grant.offer_channel()
             for word in (rendezvous.UNLINK, rendezvous.BUSY, rendezvous.GONE):
                 if word in words:
                     self._on_word(link, word)

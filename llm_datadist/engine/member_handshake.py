@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 
 from llm_datadist.control.messages import MemberAccept, MemberHello, MessageError, Refuse
 from llm_datadist.control.stream import receive_message, send_message
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Link
-from llm_datadist.engine.link_client import MakeGrant
 from llm_datadist.engine.link_state import LinkEvent
 from llm_datadist.transports import rendezvous, shared_memory
 
@@ -48,7 +48,7 @@ class MemberRefused(Exception):
     """The two members do not agree; the text is for both."""
 
 
-def join(connection: socket.socket, place: Place, hello: MemberHello, make_grant: MakeGrant) -> Steps[Link]:
+def join(connection: socket.socket, place: Place, hello: MemberHello, grants: Grants) -> Steps[Link]:
     """Make a link with the member of lower rank at the other end.
 
     Raises
@@ -75,7 +75,7 @@ def join(connection: socket.socket, place: Place, hello: MemberHello, make_grant
     end = shared_memory.attach(granted, pool_writable=True, connection=connection)
     grant = None
     try:
-        grant = make_grant(True)
+        grant = grants.shared_memory(True)
         grant.send(connection, rendezvous.MAPPED)
         if (yield from _word(connection)) != rendezvous.LINKED:
             raise ConnectionError("the other member gave the link up during the handshake")
@@ -88,7 +88,7 @@ def join(connection: socket.socket, place: Place, hello: MemberHello, make_grant
 
 
 def accept(
-    connection: socket.socket, place: Place, hello: MemberHello, mine: MemberHello, make_grant: MakeGrant
+    connection: socket.socket, place: Place, hello: MemberHello, mine: MemberHello, grants: Grants
 ) -> Steps[Link]:
     """Make a link with the member of higher rank that has said `hello`; `mine` is what this process would say.
 
@@ -99,7 +99,7 @@ def accept(
     """
     token = rendezvous.new_token()
     send_message(connection, MemberAccept(mine.cluster_id, mine.rank, mine.instance, token))
-    grant = make_grant(True)
+    grant = grants.shared_memory(True)
     try:
         grant.send(connection, rendezvous.GRANTED)
         granted = yield from _descriptors(connection, rendezvous.MAPPED)

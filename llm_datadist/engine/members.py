@@ -11,8 +11,8 @@ import time
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.engine.communicator import Communicator, Membership, MemberStatus
 from llm_datadist.engine.failures import failure, invalid
+from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity
-from llm_datadist.engine.link_client import MakeGrant
 from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.engine.options import CacheManagerOptions
 from llm_datadist.engine.rank_table import BadRankTable, RankTable, read_rank_table
@@ -35,7 +35,7 @@ class Members:
         Carries the set-ups.
     identity : Identity
         Of this process.
-    make_grant : callable
+    grants : Grants
         Makes what a member may reach.
     table : LinkTable
         Takes the links.
@@ -47,13 +47,13 @@ class Members:
         self,
         loop: ControlLoop,
         identity: Identity,
-        make_grant: MakeGrant,
+        grants: Grants,
         table: LinkTable,
         options: CacheManagerOptions,
     ) -> None:
         self._loop = loop
         self._identity = identity
-        self._make_grant = make_grant
+        self._grants = grants
         self._table = table
         self._options = options
         self._ids = itertools.count(1)
@@ -110,7 +110,7 @@ class Members:
                 time.monotonic() + seconds,
                 max(1, self._options.link_retry_count),
             )
-            communicator = Communicator(membership, self._loop, self._identity, self._make_grant, self._table)
+            communicator = Communicator(membership, self._loop, self._identity, self._grants, self._table)
             self._by_id[membership.communicator] = communicator
             self.were_linked = True
         self._loop.call(communicator.start)

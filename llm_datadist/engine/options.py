@@ -57,6 +57,22 @@ class CacheManagerOptions:
 
 
 @dataclass(frozen=True)
+class NetworkOptions:
+    """What the options say about the network, as texts; `llm_datadist.engine.network` reads them.
+
+    Attributes
+    ----------
+    transport, data_ports, data_address, data_checksum : str or None
+        None = what the environment says.
+    """
+
+    transport: str | None = None
+    data_ports: str | None = None
+    data_address: str | None = None
+    data_checksum: str | None = None
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Options of one initialised instance.
 
@@ -78,6 +94,8 @@ class EngineOptions:
         Size classes of the pool; empty = a general pool.
     copy_threads : int or None
         Threads that one copy may use; None = see `llm_datadist.engine.copy_threads`.
+    network : NetworkOptions
+        Which transports may be used, and where data connections are accepted.
     cache_manager : CacheManagerOptions or None
         What belongs to the cache-manager mode; None in KV mode. With it `pool_bytes` and `buf_pool_classes` have no
         meaning, and any role may listen.
@@ -92,4 +110,5 @@ class EngineOptions:
     enable_switch_role: bool = False
     buf_pool_classes: tuple[SizeClass, ...] = ()
     copy_threads: int | None = None
+    network: NetworkOptions = NetworkOptions()
     cache_manager: CacheManagerOptions | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._local import LocalCache
+from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist.engine.failures import failure
 from llm_datadist.engine.mode_codes import ModeCodes
 from llm_datadist.status import LLMException, LLMStatusCode

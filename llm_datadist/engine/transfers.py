@@ -6,8 +6,8 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from llm_datadist._outcome import TransferFault
 from llm_datadist._local import BlockPairs, LocalCache, block_pairs
+from llm_datadist._outcome import TransferFault
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.failures import invalid, no_cache
 from llm_datadist.engine.geometry import TensorRange, local_blocks, local_slot, local_tensors, slot_bytes

@@ -31,6 +31,9 @@ class End(Protocol):
     def open_channel(self, connection: socket.socket) -> None:
         """See to it that transfers have what they need of the peer to reach its registered memory."""
 
+    def add_channel(self, descriptor: int) -> None:
+        """Take over a stream to the data server of the peer; raises ValueError if there is no use for it."""
+
     def use_threads(self, threads: int) -> None:
         """Let one copy use so many threads, the caller's included."""
 
@@ -119,7 +122,10 @@ class Grant(Protocol):
     name: str
 
     def serve(self, descriptor: int) -> None:
-        """Serve a stream that the peer has opened to registered memory; takes over the descriptor."""
+        """Serve a stream that the peer has opened, or was given; takes over the descriptor."""
+
+    def offer_channel(self) -> None:
+        """Give the peer a stream of its own to ask over, if it is this side that makes them; does not block."""
 
     @property
     def busy(self) -> bool:

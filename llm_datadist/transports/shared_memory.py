@@ -140,6 +140,9 @@ class SharedMemoryGrant:
         self._channels.append(channel)
         self._service.serve(channel)
 
+    def offer_channel(self) -> None:
+        """Do nothing: a peer on this host opens its channels by itself."""
+
     @property
     def busy(self) -> bool:
         return not self._revoked and self._claims.busy

@@ -44,11 +44,16 @@ def hello(**changes: object) -> Hello:
         "instance": b"i" * 16,
         "host": rendezvous.host_identity(),
         "transports": ["shared_memory"],
+        "reason": "",
         "timeout_ms": 2000,
         "cache_manager": False,
         **changes,
     }
     return Hello(**fields)  # type: ignore[arg-type]
+
+
+def _accept(name: str) -> Accept:
+    return Accept(PROMPT, b"i" * 16, b"t" * 16, "shared_memory", "", name, "", 0)
 
 
 def assert_healthy(pair: Pair) -> None:
@@ -94,7 +99,7 @@ def test_a_server_that_accepts_and_names_no_socket(members: Members) -> None:
         call = decoder.start(dd.link, PROMPT, port, 3000)
         assert router.poll(3000)
         peer, _ = router.recv_multipart()
-        router.send_multipart([peer, encode(Accept(PROMPT, b"i" * 16, b"t" * 16, "shared_memory", "nobody.there"))])
+        router.send_multipart([peer, encode(_accept("nobody.there"))])
         assert call.result() == (LLMStatusCode.LLM_LINK_FAILED, [LLMStatusCode.LLM_LINK_FAILED])
         assert decoder.call(links) == []
     finally:
@@ -113,7 +118,7 @@ def test_a_server_that_sends_wrong_descriptors(members: Members, descriptors: in
         call = decoder.start(dd.link, PROMPT, port, 3000)
         assert router.poll(3000)
         peer, _ = router.recv_multipart()
-        router.send_multipart([peer, encode(Accept(PROMPT, b"i" * 16, b"t" * 16, "shared_memory", name))])
+        router.send_multipart([peer, encode(_accept(name))])
         listener.settimeout(3)
         connection, _ = listener.accept()
         assert connection.recv(16) == b"t" * 16

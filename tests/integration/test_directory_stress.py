@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import numpy.typing as npt
 
-from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._local import LocalCache
+from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._segment import Segment
 from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.devices.host import HostPool

@@ -147,6 +147,7 @@ class Client:
                 instance=b"i" * 16,
                 host=rendezvous.host_identity(),
                 transports=["shared_memory"],
+                reason="",
                 timeout_ms=timeout_ms,
                 cache_manager=False,
             )

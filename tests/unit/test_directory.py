@@ -20,9 +20,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._directory import Claims, Directory, DirectoryFull
 from llm_datadist._local import LocalCache, block_pairs
+from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._pull import PeerSource
 from llm_datadist._segment import Segment
 

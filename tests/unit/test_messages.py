@@ -53,7 +53,7 @@ messages = st.one_of(
     st.builds(MemberAccept, cluster_id=uint64, rank=st.integers(0, 2**32 - 1), instance=token, token=token),
 )
 
-HELLO = Hello(1, 2, 2, b"i" * 16, "host", ["shared_memory"], 1000, False)
+HELLO = Hello(1, 2, 2, b"i" * 16, "host", ["shared_memory"], "", 1000, False)
 
 
 def fields_of(message: Message) -> dict[str, object]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._directory import Claims, Directory
 from llm_datadist._local import LocalCache, block_pairs
+from llm_datadist._outcome import Outcome, TransferFault
 from llm_datadist._push import PeerTarget
 from llm_datadist._segment import Segment
 

@@ -1,0 +1,88 @@
+"""What an instance was told about the network: in its options, else in the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from llm_datadist.engine.failures import invalid
+from llm_datadist.engine.options import NetworkOptions
+from llm_datadist.transports import shared_memory, tcp
+
+# Environment, for what the options do not say.
+TRANSPORT = "LLM_DATADIST_TRANSPORT"
+DATA_PORTS = "LLM_DATADIST_DATA_PORTS"
+DATA_ADDRESS = "LLM_DATADIST_DATA_ADDRESS"
+DATA_CHECKSUM = "LLM_DATADIST_DATA_CHECKSUM"
+
+AUTOMATIC = "auto"
+_TRANSPORTS = {
+    AUTOMATIC: (shared_memory.NAME, tcp.NAME),
+    shared_memory.NAME: (shared_memory.NAME,),
+    tcp.NAME: (tcp.NAME,),
+}
+_CHECKSUMS = {"none": False, "crc32c": True}
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Network:
+    """How links of one instance may move bytes.
+
+    Attributes
+    ----------
+    transports : tuple of str
+        Names of the transports that may be used, best first.
+    data_ports : (int, int) or None
+        First and last port that the data listener may take; None = any.
+    data_address : str or None
+        Address or name that it binds, and that peers are told; None = the address that links are accepted at.
+    summed : bool
+        Whether bytes over data connections are summed and compared.
+    """
+
+    transports: tuple[str, ...] = _TRANSPORTS[AUTOMATIC]
+    data_ports: tuple[int, int] | None = None
+    data_address: str | None = None
+    summed: bool = False
+
+
+def network(options: NetworkOptions) -> Network:
+    """Read the settings of an instance.
+
+    Raises
+    ------
+    LLMException
+        LLM_PARAM_INVALID: a setting has no possible value.
+    """
+    transport, name = _setting(options.transport, TRANSPORT)
+    if transport is not None and transport not in _TRANSPORTS:
+        raise invalid("init", f"{name} is {transport!r}, should be one of {', '.join(_TRANSPORTS)}")
+    checksum, name = _setting(options.data_checksum, DATA_CHECKSUM)
+    if checksum is not None and checksum not in _CHECKSUMS:
+        raise invalid("init", f"{name} is {checksum!r}, should be one of {', '.join(_CHECKSUMS)}")
+    ports, name = _setting(options.data_ports, DATA_PORTS)
+    address, _ = _setting(options.data_address, DATA_ADDRESS)
+    return Network(
+        transports=_TRANSPORTS[transport or AUTOMATIC],
+        data_ports=None if ports is None else _port_range(name, ports),
+        data_address=None if address is None else tcp.interface_address(address) or address,
+        summed=_CHECKSUMS[checksum or "none"],
+    )
+
+
+def _setting(option: str | None, variable: str) -> tuple[str | None, str]:
+    """Give a setting and where it comes from; an empty text is none."""
+    if option:
+        return option, f"llm.{''.join(word.title() for word in variable.split('_')[2:])}"
+    return os.environ.get(variable) or None, variable
+
+
+def _port_range(name: str, text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    numbers = [number.strip() for number in ((first, last) if dash else (first, first))]
+    if all(number.isascii() and number.isdigit() and len(number) <= 5 for number in numbers):
+        low, high = int(numbers[0]), int(numbers[1])
+        if 1 <= low <= high <= _MAX_PORT:
+            return low, high
+    raise invalid("init", f'{name} is {text!r}, should be a port, or a range of ports such as "26100-26199"')

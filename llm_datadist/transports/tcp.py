@@ -1,0 +1,272 @@
+"""Native data connections: for peers on other hosts, and for all whose memory cannot be mapped.
+
+Every connection of a link is made by its client to the data port of its server, so that one direction through a
+firewall is enough. Each begins with a preamble: the token that the handshake gave out, and what the connection is for.
+The first one is kept open as long as the link, and says when a process dies. Over the others one side asks and the
+data server of the other side answers; there is one for each direction from the beginning, and more when transfers run
+at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+from typing import Callable
+
+from llm_datadist._directory import Claims, Directory
+from llm_datadist._segment import Segment
+from llm_datadist._tcp_end import TcpPeer
+from llm_datadist._tcp_server import TcpServer
+from llm_datadist.transports import rendezvous
+from llm_datadist.transports.serving_threads import ServingThreads
+
+NAME = "tcp"
+
+PREAMBLE_BYTES = 8 + rendezvous.TOKEN_BYTES + 1
+_MAGIC = b"LLMDTCP1"
+
+# What a connection is for.
+LINK = b"L"  # words about the link, and word of a death
+FORWARD = b"F"  # the client asks, the server answers
+REVERSE = b"R"  # the server asks, the client answers
+
+READY = b"Y"  # server: a connection is taken
+
+# A peer that the network has swallowed is noticed after about so many seconds (tcp(7)); one that is only slow answers.
+_IDLE_S, _INTERVAL_S, _PROBES = 5, 2, 3
+_LOST_MS = 1000 * (_IDLE_S + _INTERVAL_S * _PROBES)
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+MAX_STREAMS = 8  # that one peer may have open to the data server; MAX_CHANNELS of _link_end.pxd
+
+
+def preamble(token: bytes, purpose: bytes) -> bytes:
+    """Make the first bytes of a connection."""
+    return _MAGIC + token + purpose
+
+
+def read_preamble(data: bytes) -> tuple[bytes, bytes] | None:
+    """Give token and purpose; None if it is no preamble."""
+    if len(data) != PREAMBLE_BYTES or not data.startswith(_MAGIC):
+        return None
+    return data[len(_MAGIC) : -1], data[-1:]
+
+
+def listen(host: str, ports: tuple[int, int] | None) -> socket.socket:
+    """Open a non-blocking listener on an address of this host.
+
+    Parameters
+    ----------
+    host : str
+        Address or name to bind.
+    ports : (int, int) or None
+        First and last port to try; None = one that the system chooses.
+
+    Raises
+    ------
+    OSError
+        The host cannot be resolved or bound, or every port is in use.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    first, last = ports or (0, 0)
+    for port in range(first, last + 1):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address[0], port, *address[2:]))
+            listener.listen(128)
+            listener.setblocking(False)
+            return listener
+        except BaseException as error:
+            listener.close()
+            if not isinstance(error, OSError) or port == last:
+                raise
+    raise ValueError(f"{ports} is no range of ports")
+
+
+def tune(connection: socket.socket) -> None:
+    """Let small messages go at once, and the kernel notice a peer that is gone without a word."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _INTERVAL_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _LOST_MS)
+
+
+def connect(address: tuple[str, int], token: bytes, purpose: bytes, deadline: float) -> socket.socket:
+    """Make a connection to a data port and introduce it; the socket keeps a timeout.
+
+    Raises
+    ------
+    OSError
+        It is refused, or the deadline (clock of ``time.monotonic``) passed.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout(f"no time left to connect to the data port {address[0]}:{address[1]}")
+    connection = socket.create_connection(address, timeout=left)
+    try:
+        tune(connection)
+        connection.sendall(preamble(token, purpose))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def expect(connection: socket.socket, word: bytes, deadline: float) -> None:
+    """Wait until the server says a word.
+
+    Raises
+    ------
+    OSError
+        It says another one or closes the connection, or the deadline passed.
+    """
+    connection.settimeout(max(0.001, deadline - time.monotonic()))
+    heard = connection.recv(1)
+    if heard != word:
+        raise ConnectionError(f"the server said {heard!r}, expected {word!r}: it has given the link up")
+
+
+class TcpEnd(TcpPeer):
+    """One end of a link over data connections.
+
+    Parameters
+    ----------
+    want_channel : callable
+        See to it that there will be another connection; must not block.
+    summed : bool
+        Whether bytes are summed and compared.
+    private_memory : str or None
+        What the description of the link says about registered memory.
+    """
+
+    name = NAME
+
+    def __init__(self, want_channel: Callable[[], None], *, summed: bool, private_memory: str | None) -> None:
+        super().__init__(summed)
+        self._want = want_channel
+        self.private_memory = private_memory
+
+    def _want_channel(self) -> None:
+        self._want()
+
+    def open_channel(self, connection: socket.socket) -> None:
+        """See to it that there is a connection; `connection`, that of the link, is not needed for it."""
+        if not self.channels:
+            self._want()
+
+
+class TcpGrant:
+    """What one peer may reach: its requests are served from the directory and the memory of this process.
+
+    Parameters
+    ----------
+    pool : Segment
+        The device's pool.
+    directory : Directory
+        Caches and keys.
+    lock : threading.Lock
+        Guards the directory.
+    threads : ServingThreads
+        Of the engine.
+    peer_writes : bool
+        Whether the peer may push.
+    """
+
+    name = NAME
+
+    def __init__(
+        self, pool: Segment, directory: Directory, lock: threading.Lock, threads: ServingThreads, *, peer_writes: bool
+    ) -> None:
+        self._directory = directory
+        self._lock = lock
+        self._threads = threads
+        self._claims = Claims(by_threads=True)
+        self._server = TcpServer(pool, directory.segment, directory.ledger, self._claims.segment, peer_writes)
+        self._streams: list[socket.socket] = []
+        self._revoked = False
+        self.offer = _no_offer
+        with lock:
+            directory.add_claims(self._claims)
+
+    def serve(self, descriptor: int) -> None:
+        stream = socket.socket(fileno=descriptor)
+        with self._lock:
+            self._streams = [other for other in self._streams if other.fileno() >= 0]
+            refused = self._revoked or len(self._streams) >= MAX_STREAMS
+            if not refused:
+                self._streams.append(stream)
+                self._claims.enter()
+        if refused:
+            stream.close()
+            return
+        stream.setblocking(False)
+        self._threads.start(stream, self._server.serve, self._claims.leave)
+
+    def offer_channel(self) -> None:
+        self.offer()
+
+    @property
+    def busy(self) -> bool:
+        return not self._revoked and self._claims.busy
+
+    def revoke(self) -> None:
+        with self._lock:
+            if self._revoked:
+                return
+            self._revoked = True
+            streams, self._streams = self._streams, []
+            self._directory.drop_claims(self._claims)  # and closes them, once no thread touches anything any more
+        for stream in streams:
+            self._threads.stop(stream)
+
+
+def _no_offer() -> None:
+    """Do nothing: only the client of a link makes connections."""
+
+
+def detached(connection: socket.socket) -> int:
+    """Give the descriptor of a connection, which the caller owns then."""
+    connection.setblocking(False)
+    return connection.detach()
+
+
+def close_all(connections: list[socket.socket]) -> None:
+    """Close connections of a set-up that failed."""
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.close()
+
+
+def interface_address(interface: str) -> str | None:
+    """Give the first address of a network interface of this host; None if there is no such interface."""
+    if interface not in os.listdir("/sys/class/net"):
+        return None
+    return _ipv4_of(interface) or _ipv6_of(interface)
+
+
+def _ipv4_of(interface: str) -> str | None:
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _ipv6_of(interface: str) -> str | None:
+    with open("/proc/net/if_inet6", encoding="ascii") as table:
+        for line in table:
+            raw, _, _, scope, _, name = line.split()
+            if name == interface and int(scope, 16) == 0:  # global: usable from other hosts without a zone
+                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(raw))
+    return None
