@@ -9,10 +9,20 @@ from llm_datadist.transports import private_memory
 
 @dataclass(frozen=True)
 class Backend:
-    """A device and a transport, and the options of `LLMDataDist.init` and the environment that select them."""
+    """A device and a transport, and the options of `LLMDataDist.init` and the environment that select them.
+
+    Attributes
+    ----------
+    link : str
+        Transport that the description of a link names.
+    private : str or None
+        Way to registered memory that it names, if the tensors of a test are no memory of the pool.
+    """
 
     device: str
     transport: str
+    link: str
+    private: str | None = None
     options: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -20,13 +30,19 @@ class Backend:
         return f"{self.device}-{self.transport}"
 
 
-BACKENDS = [Backend("host", "shared_memory")]
+OVER_TCP = {"llm.Transport": "tcp"}
+
+BACKENDS = [
+    Backend("host", "shared_memory", "shared_memory"),
+    Backend("host", "tcp", "tcp", options=OVER_TCP),
+]
 
 # Ways to memory that a program has registered: tensors that it has placed in the pool, and memory of its own.
 MEMORY_BACKENDS = [
     *BACKENDS,
     *(
-        Backend("host", way, environment={private_memory.VARIABLE: way})
+        Backend("host", way, "shared_memory", way, environment={private_memory.VARIABLE: way})
         for way in (private_memory.PROCESS_VM, private_memory.DATA_SERVER)
     ),
+    Backend("host", "tcp-private", "tcp", private_memory.DATA_SERVER, options=OVER_TCP),
 ]

@@ -149,9 +149,11 @@ def memory(request: pytest.FixtureRequest) -> Backend:
 def start_manager() -> Iterator[Start]:
     """Initialise instances of this process in cache-manager mode, one after the other; the last one is finalised."""
 
-    def start_one(cluster_id: int = DECODER, role: LLMRole = LLMRole.MIX, **options: Any) -> LLMDataDist:
+    def start_one(
+        cluster_id: int = DECODER, role: LLMRole = LLMRole.MIX, more: dict[str, str] | None = None, **options: Any
+    ) -> LLMDataDist:
         datadist = LLMDataDist(role, cluster_id)
-        datadist.init(registering.make_options(**options))
+        datadist.init({**registering.make_options(**options), **(more or {})})
         return datadist
 
     yield start_one
@@ -197,7 +199,7 @@ def link_registering(
         for name, value in memory.environment.items():
             monkeypatch.setenv(name, value)
         peer = start_registering(memory, **options)
-        datadist = start_manager(**options)
+        datadist = start_manager(more=memory.options, **options)
         assert datadist.link_clusters([dd.cluster_info(PROMPT, peer.port)]) == LINKED
         return Registering(peer, datadist, datadist.cache_manager, memory, [])
 

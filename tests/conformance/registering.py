@@ -86,7 +86,7 @@ def register(
     accessible: bool | None = None,
 ) -> Registered:
     """Register fresh tensors with the bytes of a seed, or with sentinels; with `blocks` or a key as a blocks cache."""
-    if backend.transport == "shared_memory":
+    if backend.private is None:
         arrays = [allocate_tensor(datadist, shape, DataType.DT_UINT8).numpy() for _ in range(tensors)]
     else:
         arrays = [np.empty(shape, np.uint8) for _ in range(tensors)]

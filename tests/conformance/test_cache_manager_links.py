@@ -18,7 +18,7 @@ from llm_datadist import (
 )
 from llm_datadist.v2.cache_manager import CacheManager
 from tests.conformance import registering
-from tests.conformance.backends import BACKENDS
+from tests.conformance.backends import BACKENDS, Backend
 from tests.conformance.conftest import Start, StartRemote
 from tests.conformance.expectations import LINKED, NOT_EXIST, NOT_LINKED, OK, invalid, refused, wait_until
 from tests.conformance.registering import RegisteringRemote
@@ -30,19 +30,19 @@ ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 EXIST_LINK = LLMStatusCode.LLM_EXIST_LINK
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
 MIX = LLMRole.MIX
-BACKEND = BACKENDS[0]
+BACKEND = BACKENDS[0]  # for tensors: in the pool
 RANKS = {PROMPT: 0, DECODER: 1}
 ENOUGH_S = 20
 
 
 @pytest.fixture
-def remote(start_registering: StartRemote) -> RegisteringRemote:
-    return start_registering(BACKEND, remote_access=True)
+def remote(start_registering: StartRemote, backend: Backend) -> RegisteringRemote:
+    return start_registering(backend, remote_access=True)
 
 
 @pytest.fixture
-def datadist(start_manager: Start) -> LLMDataDist:
-    return start_manager(remote_access=True)
+def datadist(start_manager: Start, backend: Backend) -> LLMDataDist:
+    return start_manager(more=backend.options, remote_access=True)
 
 
 def info_of(remote: RegisteringRemote) -> LLMClusterInfo:

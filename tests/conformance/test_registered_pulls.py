@@ -320,6 +320,7 @@ def test_C242_random_tables_of_blocks(link_registering: Link) -> None:
 def test_C242_the_way_is_in_the_description_of_the_link(link_registering: Link) -> None:
     linked = link_registering()
     (link,) = describe_links(linked.datadist)
-    if linked.memory.environment:
-        assert link.private_memory == linked.memory.transport
-    assert link.transport == "shared_memory"
+    if linked.memory.private is not None:
+        assert link.private_memory == linked.memory.private
+    assert link.transport == linked.memory.link
+    assert link.reason
