@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_datadist.arguments import check_isinstance, check_uint16, check_uint64
-from llm_datadist.ip_address import trans_str_ip
+from llm_datadist.ip_address import Ip, find_ip
 from llm_datadist.roles import LLMRole
 
 
@@ -26,8 +26,8 @@ class LLMClusterInfo:
     def __init__(self) -> None:
         self._remote_cluster_id: int | None = None
         self._remote_role_type: LLMRole | int | None = None
-        self._local_ip_info_list: list[tuple[int, int]] = []
-        self._remote_ip_info_list: list[tuple[int, int]] = []
+        self._local_ip_info_list: list[tuple[Ip, int]] = []
+        self._remote_ip_info_list: list[tuple[Ip, int]] = []
 
     @property
     def remote_cluster_id(self) -> int | None:
@@ -61,13 +61,13 @@ class LLMClusterInfo:
         self._remote_role_type = remote_role_type
 
     @property
-    def local_ip_info_list(self) -> list[tuple[int, int]]:
-        """Local addresses: integer form (see `trans_str_ip`) and port of each device."""
+    def local_ip_info_list(self) -> list[tuple[Ip, int]]:
+        """Local addresses: integer form (see `trans_str_ip`), or IPv6 text, and port of each device."""
         return self._local_ip_info_list
 
     @property
-    def remote_ip_info_list(self) -> list[tuple[int, int]]:
-        """Remote addresses: integer form (see `trans_str_ip`) and port of each device."""
+    def remote_ip_info_list(self) -> list[tuple[Ip, int]]:
+        """Remote addresses: integer form (see `trans_str_ip`), or IPv6 text, and port of each device."""
         return self._remote_ip_info_list
 
     def append_local_ip_info(self, ip: str | int, port: int) -> None:
@@ -76,7 +76,7 @@ class LLMClusterInfo:
         Parameters
         ----------
         ip : str or int
-            IPv4 address as text, or in integer form.
+            IPv4 address as text or in integer form, IPv6 address as text, or the name of a host, which is resolved now.
         port : int
             uint16; 0 if it does not matter, as is usual here.
 
@@ -87,7 +87,7 @@ class LLMClusterInfo:
         ValueError
             `port` is out of range.
         RuntimeError
-            `ip` is text, but no IPv4 address.
+            `ip` is text, but no address, nor a name that can be resolved.
         """
         self._local_ip_info_list.append(_address(ip, port))
 
@@ -97,7 +97,7 @@ class LLMClusterInfo:
         Parameters
         ----------
         ip : str or int
-            IPv4 address as text, or in integer form.
+            IPv4 address as text or in integer form, IPv6 address as text, or the name of a host, which is resolved now.
         port : int
             uint16.
 
@@ -108,12 +108,12 @@ class LLMClusterInfo:
         ValueError
             `port` is out of range.
         RuntimeError
-            `ip` is text, but no IPv4 address.
+            `ip` is text, but no address, nor a name that can be resolved.
         """
         self._remote_ip_info_list.append(_address(ip, port))
 
 
-def _address(ip: str | int, port: int) -> tuple[int, int]:
+def _address(ip: str | int, port: int) -> tuple[Ip, int]:
     check_isinstance("ip", ip, [str, int], allow_none=False)
     check_uint16("port", port)
-    return trans_str_ip(ip), port
+    return find_ip(ip), port

@@ -11,7 +11,7 @@ import json
 from typing import Any, NamedTuple
 
 from llm_datadist.arguments import INT32_MAX, UINT32_MAX, UINT64_MAX, check_uint16
-from llm_datadist.ip_address import dotted_ip, trans_str_ip
+from llm_datadist.ip_address import Ip, find_ip, host_text, split_host_port
 from llm_datadist.option_text import option_number, option_text
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument
@@ -63,7 +63,7 @@ def _make(role: LLMRole, cluster_id: int, options: dict[str, str]) -> OwnCluster
     if devices_text is None:
         raise InvalidArgument(f"{DEVICE_ID} is required, should be the device id, or several ids joined by ';'")
     groups = devices_text.split(";")
-    listen: list[tuple[int, int]] = []
+    listen: list[tuple[Ip, int]] = []
     if role is LLMRole.PROMPT:
         listen = _parse_listen(options, len(groups))
     device_ids = _parse_device_ids(devices_text)
@@ -75,10 +75,10 @@ def _make(role: LLMRole, cluster_id: int, options: dict[str, str]) -> OwnCluster
         description["listen_ip_info"] = [{"ip": ip, "port": port} for ip, port in listen]
     text = json.dumps(description)
     _made_here.add(text)
-    return OwnCluster(cluster_id, device_ids, _dotted(listen), text)
+    return OwnCluster(cluster_id, device_ids, _texts(listen), text)
 
 
-def _parse_listen(options: dict[str, str], num_devices: int) -> list[tuple[int, int]]:
+def _parse_listen(options: dict[str, str], num_devices: int) -> list[tuple[Ip, int]]:
     text = option_text(options, LISTEN_IP_INFO)
     if not text:
         raise InvalidArgument(f"neither {CLUSTER_INFO} nor {LISTEN_IP_INFO} was specified, a PROMPT needs its address")
@@ -99,7 +99,7 @@ def switch_listen(options: dict[str, str] | None) -> tuple[str, int]:
     if not text:
         raise InvalidArgument(f"{LISTEN_IP_INFO} is not in switch_options, a PROMPT needs an address to listen at")
     ip, port = parse_listen_ip_info(text)
-    return dotted_ip(ip), port
+    return host_text(ip), port
 
 
 def optional_listen(options: dict[str, str] | None) -> tuple[str, int] | None:
@@ -113,15 +113,19 @@ def optional_listen(options: dict[str, str] | None) -> tuple[str, int] | None:
     if ";" in text:
         raise InvalidArgument(f"{LISTEN_IP_INFO} is {text!r}, should be one ip:port in cache-manager mode")
     ip, port = parse_listen_ip_info(text)
-    return dotted_ip(ip), port
+    return host_text(ip), port
 
 
-def parse_listen_ip_info(entry: str) -> tuple[int, int]:
-    """Read one ``ip:port``; gives the address in integer form and the port, raises as `own_cluster` does."""
-    if entry.count(":") != 1:
-        raise InvalidArgument(f"{LISTEN_IP_INFO} has the entry {entry!r}, should be ip:port")
-    ip, port = entry.split(":")
-    address = trans_str_ip(ip)
+def parse_listen_ip_info(entry: str) -> tuple[Ip, int]:
+    """Read one ``ip:port``; gives address (see `find_ip`) and port, raises as `own_cluster` does.
+
+    An IPv6 address stands in brackets; a name is resolved.
+    """
+    parts = split_host_port(entry)
+    if parts is None:
+        raise InvalidArgument(f"{LISTEN_IP_INFO} has the entry {entry!r}, should be ip:port, or [ip]:port for IPv6")
+    ip, port = parts
+    address = find_ip(ip)
     try:
         number = int(port)
     except ValueError:
@@ -163,7 +167,7 @@ def _parse(role: LLMRole, options: dict[str, str], text: str) -> OwnCluster:
             f"listen_ip_info of {CLUSTER_INFO} has {len(listen)} addresses for {len(device_ids)} devices, a PROMPT"
             " needs one for each"
         )
-    return OwnCluster(cluster_id, device_ids, _dotted(listen), text)
+    return OwnCluster(cluster_id, device_ids, _texts(listen), text)
 
 
 def _parse_document(text: str) -> dict[str, Any]:
@@ -201,10 +205,13 @@ def _logic_device(entry: object) -> int:
     raise InvalidArgument(f'logic_device_id of {CLUSTER_INFO} has {entry!r}, should be text such as "0:0:1:0"')
 
 
-def _listen_entry(entry: object) -> tuple[int, int]:
+def _listen_entry(entry: object) -> tuple[Ip, int]:
     if not isinstance(entry, dict):
         raise InvalidArgument(f"listen_ip_info of {CLUSTER_INFO} has {entry!r}, should be an object with ip and port")
-    return _number(entry, "ip", UINT32_MAX), _number(entry, "port", _UINT16_MAX)
+    port = _number(entry, "port", _UINT16_MAX)
+    if isinstance(entry.get("ip"), str) and ":" in entry["ip"]:  # IPv6 has no integer form
+        return find_ip(entry["ip"]), port
+    return _number(entry, "ip", UINT32_MAX), port
 
 
 def _of_rank(field: str, entries: list[Any], rank: int) -> list[Any]:
@@ -216,5 +223,5 @@ def _of_rank(field: str, entries: list[Any], rank: int) -> list[Any]:
     return [entries[rank]]
 
 
-def _dotted(listen: list[tuple[int, int]]) -> tuple[tuple[str, int], ...]:
-    return tuple((dotted_ip(ip), port) for ip, port in listen)
+def _texts(listen: list[tuple[Ip, int]]) -> tuple[tuple[str, int], ...]:
+    return tuple((host_text(ip), port) for ip, port in listen)

@@ -7,7 +7,7 @@ from typing import Union
 
 from llm_datadist.arguments import UINT32_MAX, check_dict, check_int32, check_isinstance, check_uint32
 from llm_datadist.cluster_info import LLMClusterInfo
-from llm_datadist.ip_address import trans_str_ip
+from llm_datadist.ip_address import find_ip, trans_str_ip
 from llm_datadist.option_text import is_decimal
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import InvalidArgument
@@ -370,5 +370,5 @@ def _with_integer_ips(cluster_info: str) -> str:
     entries = document.get("listen_ip_info") if isinstance(document, dict) else None
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("ip"), str):
-            entry["ip"] = trans_str_ip(entry["ip"])
+            entry["ip"] = find_ip(entry["ip"])
     return json.dumps(document)

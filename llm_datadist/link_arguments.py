@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Union
 
 from llm_datadist.arguments import check_int32, check_isinstance, check_uint32, check_uint64
 from llm_datadist.cluster_info import LLMClusterInfo
+from llm_datadist.ip_address import Ip
 from llm_datadist.status import InvalidArgument
 
 if TYPE_CHECKING:
@@ -43,5 +44,5 @@ def cluster_addresses(clusters: Clusters, needs_local: bool = False) -> list[Clu
     return addresses
 
 
-def _checked(addresses: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((check_uint32("ip", ip), port) for ip, port in addresses)
+def _checked(addresses: list[tuple[Ip, int]]) -> tuple[tuple[Ip, int], ...]:
+    return tuple((ip if isinstance(ip, str) else check_uint32("ip", ip), port) for ip, port in addresses)

@@ -53,13 +53,19 @@ def request(
         raise Unreachable(f"cannot ask {host}:{port}: {error.strerror}") from error
 
 
+def endpoint(host: str, port: int) -> str:
+    """Give the name that ZeroMQ has for an address; IPv6 stands in brackets."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
 def _exchange(
     context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, message: Message, deadline: float
 ) -> Message:
     dealer = context.socket(zmq.DEALER)
     try:
         dealer.linger = 0
-        dealer.connect(f"tcp://{host}:{port}")
+        dealer.ipv6 = ":" in host
+        dealer.connect(endpoint(host, port))
         dealer.send(encode(message))
         left_ms = math.ceil((deadline - time.monotonic()) * 1000)
         if left_ms <= 0 or not dealer.poll(left_ms, zmq.POLLIN):

@@ -21,6 +21,8 @@ from typing import Callable, TypeVar
 
 import zmq
 
+from llm_datadist.control.client import endpoint
+
 _log = logging.getLogger("llm_datadist.control")
 
 _JOIN_SECONDS = 5.0
@@ -120,7 +122,8 @@ class ControlLoop:
         try:
             router.linger = 0
             router.setsockopt(zmq.MAXMSGSIZE, 64 * 1024)
-            router.bind(f"tcp://{host}:{port}")
+            router.ipv6 = ":" in host
+            router.bind(endpoint(host, port))
         except BaseException:
             router.close()
             raise

@@ -45,13 +45,13 @@ class ClusterAddress(NamedTuple):
     ----------
     remote_cluster_id : int
         uint64.
-    local, remote : tuple of (int, int)
-        Address (little-endian integer form) and port, one for each device.
+    local, remote : tuple of (int or str, int)
+        Address (IPv4 in little-endian integer form, IPv6 as text) and port, one for each device.
     """
 
     remote_cluster_id: int
-    local: tuple[tuple[int, int], ...]
-    remote: tuple[tuple[int, int], ...]
+    local: tuple[tuple[int | str, int], ...]
+    remote: tuple[tuple[int | str, int], ...]
 
 
 class Link:

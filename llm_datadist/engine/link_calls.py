@@ -225,7 +225,7 @@ def check_local_addresses(call: str, clusters: Sequence[ClusterAddress]) -> Link
     return None
 
 
-def _ips(addresses: tuple[tuple[int, int], ...]) -> list[int]:
+def _ips(addresses: tuple[tuple[int | str, int], ...]) -> list[int | str]:
     return [ip for ip, _ in addresses]
 
 

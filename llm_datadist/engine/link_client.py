@@ -46,9 +46,9 @@ class LinkRefused(Exception):
         self.is_final = is_final
 
 
-def address_text(ip: int) -> str:
-    """Dotted text of an address in its little-endian integer form."""
-    return socket.inet_ntoa(struct.pack("<I", ip))
+def address_text(ip: int | str) -> str:
+    """Text of an address: dotted if it is in its little-endian integer form; IPv6 is text already."""
+    return socket.inet_ntoa(struct.pack("<I", ip)) if isinstance(ip, int) else ip
 
 
 class LinkClient:

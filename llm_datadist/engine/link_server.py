@@ -342,7 +342,8 @@ def _name_of(connection: socket.socket) -> str:
 
 def _is_free(address: tuple[str, int]) -> bool:
     """Tell whether nobody listens at an address of this host."""
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)

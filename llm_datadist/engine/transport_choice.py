@@ -33,17 +33,16 @@ def choose(hello: Hello, identity: Identity, allowed: tuple[str, ...]) -> Choice
         if offer == shared_memory.NAME and same_host:
             return Choice(offer, "same host and network name space")
         if offer == tcp.NAME:
-            return Choice(offer, _why_not_mapped(hello, same_host, allowed))
+            return Choice(offer, _why_not_mapped(hello, same_host))
     if shared_memory.NAME in hello.transports and shared_memory.NAME in allowed:
         return Choice(None, f"memory cannot be shared between this host and the client's ({hello.host})")
     return Choice(None, f"the client offers {hello.transports}, this process allows {list(allowed)}")
 
 
-def _why_not_mapped(hello: Hello, same_host: bool, allowed: tuple[str, ...]) -> str:
+def _why_not_mapped(hello: Hello, same_host: bool) -> str:
     if hello.reason:
         return hello.reason
     if not same_host:
         return "the peer is on another host or in another network name space"
-    if shared_memory.NAME not in allowed:
-        return "the server's settings allow tcp alone"
-    return "the client's settings allow tcp alone"
+    whose = "server" if shared_memory.NAME in hello.transports else "client"
+    return f"the settings of the {whose} allow tcp alone"

@@ -101,7 +101,7 @@ def link(decoder: LLMDataDist) -> LLMStatusCode:
     info.remote_cluster_id = 1
     info.append_local_ip_info("127.0.0.1", 0)
     info.append_remote_ip_info(trans_str_ip("127.0.0.1"), 26000)
-    addresses: list[tuple[int, int]] = [*info.local_ip_info_list, *info.remote_ip_info_list]
+    addresses: list[tuple[int | str, int]] = [*info.local_ip_info_list, *info.remote_ip_info_list]
     linked: Answer = decoder.link_clusters([info], timeout=len(addresses) * 1000)
     decoder.check_link_status(remote_cluster_id=1)
     unlinked: Answer = decoder.unlink_clusters((info,), timeout=3000, force=False)

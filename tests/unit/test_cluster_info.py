@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llm_datadist import LLMClusterInfo, LLMException, LLMRole
-from llm_datadist.ip_address import dotted_ip, trans_str_ip
+from llm_datadist.ip_address import find_ip, host_text, split_host_port, trans_str_ip
 
 APPENDERS = ["append_local_ip_info", "append_remote_ip_info"]
 
@@ -82,4 +82,43 @@ def test_shortened_addresses_are_those_of_inet_aton() -> None:
 
 @pytest.mark.parametrize("text", ["0.0.0.0", "127.0.0.1", "10.20.30.40", "255.255.255.255"])
 def test_integers_go_back_to_text(text: str) -> None:
-    assert dotted_ip(trans_str_ip(text)) == text
+    assert host_text(trans_str_ip(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("10.0.0.1", 0x0100000A),
+        ("::1", "::1"),
+        ("FD00:0::2", "fd00::2"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("localhost", 0x0100007F),
+        (5, 5),
+    ],
+)
+def test_what_an_address_may_be(text: str | int, address: str | int) -> None:
+    assert find_ip(text) == address
+    assert find_ip(find_ip(text)) == address
+
+
+@pytest.mark.parametrize("text", ["", "abc def", "256.1.1.1", "1.2.3.4.5", "::g", "[::1]", "-a", "a..b", "x" * 300])
+def test_what_no_address_is(text: str) -> None:
+    with pytest.raises(RuntimeError, match="Can not parse ip str"):
+        find_ip(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("127.0.0.1:5", ("127.0.0.1", "5")),
+        ("[::1]:5", ("::1", "5")),
+        ("prompt-0:5", ("prompt-0", "5")),
+        ("::1:5", None),
+        ("[::1]", None),
+        ("[::1:5", None),
+        ("[::1]:5:6", None),
+        ("127.0.0.1", None),
+    ],
+)
+def test_host_and_port(text: str, parts: tuple[str, str] | None) -> None:
+    assert split_host_port(text) == parts
