@@ -1,11 +1,15 @@
 """Bytes on a stream socket: straight out of scattered memory, and straight into it.
 
+Large ranges of a file that is mapped are lent to the kernel instead of being copied (sendfile(2)): it reads them when the
+bytes leave, and again when they are lost on the way. Whoever lends them must not let them change until the other side
+has said that it has everything.
+
 A wait looks at the gate every few milliseconds, so a deadline, a dead peer or a closing link ends it. Before it sleeps
 it looks at the socket for a moment: an answer from the same rack comes sooner than a sleeping thread wakes up.
 """
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EFAULT, EINVAL, EINTR, errno
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist._atomics cimport monotonic_ns
 from llm_datadist._copy cimport Gate, stopped
@@ -27,6 +31,9 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     int MSG_NOSIGNAL, MSG_DONTWAIT, MSG_MORE
 
+cdef extern from "sys/sendfile.h" nogil:
+    ssize_t sendfile(int out, int source, int64_t *offset, size_t nbytes)
+
 cdef extern from "poll.h" nogil:
     struct pollfd:
         int fd
@@ -42,6 +49,7 @@ cdef enum:
     VECTORS = 256             # ranges in one call to the kernel, which takes 1024 (IOV_MAX)
     LOOK_MS = 2               # how often a wait looks at the gate
     SPIN_NS = 30000           # about what it costs to wake a thread
+    LEND_FROM = 32768         # bytes of a range: below, a call for each range costs more than the copies of many
 
 crc32c_prepare()
 
@@ -59,6 +67,7 @@ cdef void start_flow(Flow *flow) noexcept nogil:
         of_tensor += flow.ranges[i].nbytes
     flow.left = flow.head_nbytes + flow.num_tensors * of_tensor + flow.tail_nbytes
     flow.head_done = flow.tensor = flow.range = flow.range_done = flow.tail_done = flow.checksum = 0
+    flow.lent = False
 
 
 cdef StreamEnd send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexcept nogil:
@@ -73,17 +82,39 @@ cdef StreamEnd send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexce
     memset(&message, 0, sizeof(message))
     message.msg_iov = vectors
     while flow.left != 0:
-        message.msg_iovlen = _fill(flow, vectors)
-        moved = sendmsg(fd, &message, flags)
+        if _is_lendable(flow, flow.tensor, flow.range) and flow.head_done == flow.head_nbytes:
+            moved = _lend(fd, flow)
+        else:
+            message.msg_iovlen = _fill(flow, vectors)
+            moved = sendmsg(fd, &message, flags)
         if moved > 0:
             _advance(flow, <uint64_t>moved)
             if flow.left != 0 and _is_over(gate):
                 return STREAM_LATE
+        elif moved < 0 and errno == EINVAL and flow.file != 0:
+            flow.file = 0  # a file that cannot be sent so
         else:
             end = _after_failure(fd, POLLOUT, gate, moved)
             if end != STREAM_OK:
                 return end
     return STREAM_OK
+
+
+cdef bint _is_lendable(const Flow *flow, uint64_t tensor, uint64_t range) noexcept nogil:
+    """Whether a range is large enough, and lies in the file."""
+    cdef uint64_t offset, nbytes
+    if flow.file == 0 or tensor >= flow.num_tensors or range >= flow.num_ranges:
+        return False
+    nbytes = flow.ranges[range].nbytes
+    offset = flow.tensors[tensor] + flow.ranges[range].address - flow.file_address
+    return nbytes >= LEND_FROM and offset < flow.file_nbytes and nbytes <= flow.file_nbytes - offset
+
+
+cdef ssize_t _lend(int fd, Flow *flow) noexcept nogil:
+    cdef int64_t offset = flow.tensors[flow.tensor] + flow.ranges[flow.range].address + flow.range_done
+    offset -= flow.file_address
+    flow.lent = True
+    return sendfile(fd, flow.file - 1, &offset, flow.ranges[flow.range].nbytes - flow.range_done)
 
 
 cdef StreamEnd receive_flow(int fd, Flow *flow, const Gate *gate) noexcept nogil:
@@ -196,6 +227,8 @@ cdef size_t _fill(const Flow *flow, iovec *vectors) noexcept nogil:
             tensor += 1
             range = 0
             continue
+        if _is_lendable(flow, tensor, range):
+            return used
         vectors[used].iov_base = <void *>(flow.tensors[tensor] + flow.ranges[range].address + done)
         vectors[used].iov_len = flow.ranges[range].nbytes - done
         used += 1
@@ -215,11 +248,7 @@ cdef void _advance(Flow *flow, uint64_t nbytes) noexcept nogil:
     part = min(nbytes, flow.head_nbytes - flow.head_done)
     flow.head_done += part
     nbytes -= part
-    while nbytes != 0 and flow.tensor < flow.num_tensors:
-        if flow.range == flow.num_ranges:
-            flow.tensor += 1
-            flow.range = 0
-            continue
+    while nbytes != 0 and flow.tensor < flow.num_tensors and flow.num_ranges != 0:
         part = min(nbytes, flow.ranges[flow.range].nbytes - flow.range_done)
         if flow.summed:
             address = flow.tensors[flow.tensor] + flow.ranges[flow.range].address + flow.range_done
@@ -229,6 +258,9 @@ cdef void _advance(Flow *flow, uint64_t nbytes) noexcept nogil:
         if flow.range_done == flow.ranges[flow.range].nbytes:
             flow.range += 1
             flow.range_done = 0
+            if flow.range == flow.num_ranges:
+                flow.tensor += 1
+                flow.range = 0
     flow.tail_done += nbytes
 
 

@@ -113,7 +113,9 @@ class TcpSetUp(SetUp):
         self.connection = connection
         self.grant = grants.tcp(identity.cache_manager)
         private = private_memory.DATA_SERVER if identity.cache_manager else None
-        self._end = tcp.TcpEnd(lambda: _ask_for_channel(connection), summed=self._summed, private_memory=private)
+        self._end = tcp.TcpEnd(
+            lambda: _ask_for_channel(connection), grants.pool, summed=self._summed, private_memory=private
+        )
         connection.send(rendezvous.GRANTED)
 
     def finish(self, identity: Identity) -> End:
