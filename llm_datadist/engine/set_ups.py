@@ -111,6 +111,7 @@ class TcpSetUp(SetUp):
 
     def begin(self, connection: socket.socket, identity: Identity, grants: Grants) -> None:
         self.connection = connection
+        tcp.tune(connection)  # so that the kernel notices a client that vanishes while nothing moves
         self.grant = grants.tcp(identity.cache_manager)
         private = private_memory.DATA_SERVER if identity.cache_manager else None
         self._end = tcp.TcpEnd(
