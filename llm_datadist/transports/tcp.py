@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import socket
 import struct
 import threading
@@ -252,7 +251,7 @@ def close_all(connections: list[socket.socket]) -> None:
 
 def interface_address(interface: str) -> str | None:
     """Give the first address of a network interface of this host; None if there is no such interface."""
-    if interface not in os.listdir("/sys/class/net"):
+    if interface not in [name for _, name in socket.if_nameindex()]:  # not from /sys, which may show another name space
         return None
     return _ipv4_of(interface) or _ipv6_of(interface)
 
