@@ -1,8 +1,8 @@
 """Bytes on a stream socket: straight out of scattered memory, and straight into it.
 
-Large ranges of a file that is mapped are lent to the kernel instead of being copied (sendfile(2)): it reads them when the
-bytes leave, and again when they are lost on the way. Whoever lends them must not let them change until the other side
-has said that it has everything.
+Large ranges of a file that is mapped are lent to the kernel instead of being copied (sendfile(2)): it reads them when
+the bytes leave, and again when they are lost on the way. Whoever lends them must not let them change until the other
+side has said that it has everything.
 
 A wait looks at the gate every few milliseconds, so a deadline, a dead peer or a closing link ends it. Before it sleeps
 it looks at the socket for a moment: an answer from the same rack comes sooner than a sleeping thread wakes up.
