@@ -20,6 +20,7 @@ class Pair(NamedTuple):
     prompt: Member
     decoder: Member
     port: int
+    transport: str = "shared_memory"
 
 
 def start_prompt(member: Member, port: int, cluster_id: int = PROMPT, **options: Any) -> Member:
@@ -32,11 +33,15 @@ def start_decoder(member: Member, cluster_id: int = DECODER, **options: Any) -> 
     return member
 
 
-@pytest.fixture
-def pair(members: Callable[[str], Member], free_port: Callable[[], int]) -> Pair:
-    """A prompt (cluster 1) and a decoder (cluster 2) that is linked to it, with the default timeout."""
-    port = free_port()
+def start_pair(members: Callable[[str], Member], port: int, transport: str = "shared_memory") -> Pair:
+    """Start the two processes and link them."""
     prompt = start_prompt(members("prompt"), port)
     decoder = start_decoder(members("decoder"), sync_kv_timeout=5000)
     assert decoder.call(dd.link, PROMPT, port) == (LLMStatusCode.LLM_SUCCESS, [LLMStatusCode.LLM_SUCCESS])
-    return Pair(prompt, decoder, port)
+    return Pair(prompt, decoder, port, transport)
+
+
+@pytest.fixture
+def pair(members: Callable[[str], Member], free_port: Callable[[], int]) -> Pair:
+    """A prompt (cluster 1) and a decoder (cluster 2) that is linked to it, with the default timeout."""
+    return start_pair(members, free_port())

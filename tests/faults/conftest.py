@@ -1,5 +1,23 @@
-"""The linked pair of processes that most tests in here start with."""
+"""The linked pair of processes that most tests in here start with, over each transport."""
 
-from tests.pair import pair
+from __future__ import annotations
 
-__all__ = ["pair"]
+from collections.abc import Callable
+
+import pytest
+
+from tests.pair import Pair, start_pair
+from tests.processes import Member
+
+
+@pytest.fixture(params=["shared_memory", "tcp"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What links use, in all processes that the test starts."""
+    monkeypatch.setenv("LLM_DATADIST_TRANSPORT", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(transport: str, members: Callable[[str], Member], free_port: Callable[[], int]) -> Pair:
+    """A prompt (cluster 1) and a decoder (cluster 2) that is linked to it, with the default timeout."""
+    return start_pair(members, free_port(), transport)

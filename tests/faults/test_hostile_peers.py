@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -13,7 +14,7 @@ import zmq
 
 from llm_datadist import CacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.control.messages import Accept, Hello, Refuse, decode, encode
-from llm_datadist.transports import rendezvous
+from llm_datadist.transports import rendezvous, tcp
 from tests import datadist_member as dd
 from tests.integration.test_links import links
 from tests.pair import PROMPT, Pair, start_decoder, start_prompt
@@ -54,6 +55,12 @@ def hello(**changes: object) -> Hello:
 
 def _accept(name: str) -> Accept:
     return Accept(PROMPT, b"i" * 16, b"t" * 16, "shared_memory", "", name, "", 0)
+
+
+@pytest.fixture
+def transport() -> str:
+    """What the pair uses: strangers come to both entrances of a server that allows everything."""
+    return "shared_memory"
 
 
 def assert_healthy(pair: Pair) -> None:
@@ -189,6 +196,7 @@ def test_strangers_on_the_unix_socket(pair: Pair) -> None:
     for token in (b"x" * 16, b"short"):
         with rendezvous.connect(accept.rendezvous, 2) as stranger:
             stranger.sendall(token)
+            stranger.shutdown(socket.SHUT_WR)  # or the rest is waited for
             assert stranger.recv(1) == b"", "a stranger gets nothing"
     with rendezvous.connect(accept.rendezvous, 2) as client:
         client.sendall(accept.token)
@@ -211,3 +219,41 @@ def test_the_listen_port_is_taken(members: Members, free_port: Callable[[], int]
         second.call(dd.init_datadist, LLMRole.PROMPT, 2, port=port)
     assert caught.value.status_code is LLMStatusCode.LLM_FAILED
     start_prompt(second, free_port(), cluster_id=2)  # the failed init left nothing in the way
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"L",
+        b"GET / HTTP/1.1\r\nHost: prompt\r\n\r\n",
+        b"LLMDTCP1" + bytes(16) + b"L",
+        b"LLMDTCP1" + bytes(16) + b"F",
+        b"LLMDTCP1" + bytes(16) + b"?",
+        bytes(range(256)) * 64,
+    ],
+)
+def test_strangers_on_the_data_port(pair: Pair, data: bytes) -> None:
+    accept = decode(ask(pair.port, encode(hello(transports=["tcp"]))) or b"")
+    assert isinstance(accept, Accept)
+    for end in (data, data[:5]):
+        with socket.create_connection(("127.0.0.1", accept.data_port)) as connection:
+            connection.settimeout(5)
+            connection.sendall(end)
+            with contextlib.suppress(OSError):  # closed before we are through
+                connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+    assert_healthy(pair)
+
+
+def test_the_token_of_a_set_up_is_good_for_one_connection(pair: Pair) -> None:
+    accept = decode(ask(pair.port, encode(hello(transports=["tcp"]))) or b"")
+    assert isinstance(accept, Accept)
+    address = ("127.0.0.1", accept.data_port)
+    first = tcp.connect(address, accept.token, tcp.LINK, time.monotonic() + 5)
+    with first:
+        tcp.expect(first, rendezvous.GRANTED, time.monotonic() + 5)
+        with tcp.connect(address, accept.token, tcp.LINK, time.monotonic() + 5) as second:
+            assert second.recv(1) == b""
+    assert_healthy(pair)

@@ -47,7 +47,7 @@ def test_prompt_killed_before_a_pull(pair: Pair) -> None:
     offer(pair.prompt, 1, seed=1)
     mine = pair.decoder.call(dd.allocate, 2, (1, 4096))
     pair.prompt.kill()
-    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", "shared_memory")])
+    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", pair.transport)])
     code, seconds = timed(pair.decoder.call, dd.pull_cache, CacheKey(PROMPT, 1), mine)
     assert code is TIMEOUT
     assert seconds < LITTLE, "the kernel told at once, nobody waits for sync_kv_timeout"
@@ -59,7 +59,7 @@ def test_prompt_killed_before_a_pull(pair: Pair) -> None:
 def test_a_killed_prompt_comes_back_on_the_same_port(pair: Pair, members: Members) -> None:
     offer(pair.prompt, 1, seed=1)
     pair.prompt.kill()
-    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", "shared_memory")])
+    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", pair.transport)])
     assert pair.decoder.call(dd.link, PROMPT, pair.port) == (OK, [LLMStatusCode.LLM_ALREADY_LINK])
     started = time.monotonic()
     assert pair.decoder.call(dd.unlink, PROMPT, pair.port) == (
@@ -78,12 +78,12 @@ def test_a_killed_prompt_comes_back_on_the_same_port(pair: Pair, members: Member
 
 def test_an_unlink_meant_for_the_dead_prompt_does_not_touch_its_successor(pair: Pair, members: Members) -> None:
     pair.prompt.kill()
-    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", "shared_memory")])
+    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", pair.transport)])
     prompt = start_prompt(members("prompt again"), pair.port)
     other = start_decoder(members("other"), cluster_id=3)
     assert other.call(dd.link, PROMPT, pair.port) == LINKED
     assert pair.decoder.call(dd.unlink, PROMPT, pair.port) == LINKED
-    assert prompt.call(links) == [(3, "LINKED", "shared_memory")]
+    assert prompt.call(links) == [(3, "LINKED", pair.transport)]
 
 
 def test_prompt_killed_after_a_pull(pair: Pair) -> None:
@@ -91,7 +91,7 @@ def test_prompt_killed_after_a_pull(pair: Pair) -> None:
     mine = pair.decoder.call(dd.allocate, 2, (1, 4096))
     pair.decoder.call(dd.pull_cache, CacheKey(PROMPT, 1), mine)
     pair.prompt.kill()
-    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", "shared_memory")])
+    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", pair.transport)])
     assert_arrived(pair.decoder, mine, seed=1)
 
 
@@ -146,7 +146,7 @@ def test_prompt_killed_during_pulls(pair: Pair) -> None:
 def test_decoder_killed_during_pulls_releases_its_claims(pair: Pair) -> None:
     start_large_pulls(pair, 16 * MIB)
     pair.decoder.kill()
-    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", pair.transport)])
     pair.prompt.call(dd.remove_key, CacheKey(PROMPT, 2**64 - 1, 0, 9))
     pair.prompt.call(dd.deallocate, 1)
     assert pair.prompt.call(dd.pool_used) == 0
@@ -163,16 +163,17 @@ def test_a_killed_decoder_comes_back_with_the_same_id(pair: Pair, members: Membe
     mine = decoder.call(dd.allocate, 2, (1, 4096))
     decoder.call(dd.pull_cache, CacheKey(PROMPT, 1), mine)
     assert_arrived(decoder, mine, seed=1)
-    assert pair.prompt.call(links) == [(DECODER, "LINKED", "shared_memory")]
+    assert pair.prompt.call(links) == [(DECODER, "LINKED", pair.transport)]
 
 
 def test_the_prompt_unlinks_a_dead_decoder(pair: Pair) -> None:
     pair.decoder.kill()
-    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", pair.transport)])
     assert pair.prompt.call(dd.unlink, DECODER, pair.port) == LINKED
     assert pair.prompt.call(links) == []
 
 
+@pytest.mark.parametrize("transport", ["shared_memory"], indirect=True)
 def test_a_stopped_prompt_serves_pulls_and_costs_others_their_timeout(pair: Pair, members: Members) -> None:
     pair.prompt.call(dd.deallocate, offer(pair.prompt, 1, seed=1))  # the key alone holds it
     key = BlocksCacheKey(PROMPT)
@@ -198,9 +199,23 @@ def test_a_stopped_prompt_serves_pulls_and_costs_others_their_timeout(pair: Pair
     assert time.monotonic() - started < 0.4 + LITTLE
     assert pair.decoder.call(links) == []
     pair.prompt.cont()
-    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])  # the unlink never reached it
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", pair.transport)])  # the unlink never reached it
     assert pair.prompt.call(dd.pool_used) == 1024  # the pulled key is released, the blocks are not
     assert pair.decoder.call(dd.link, PROMPT, pair.port) == LINKED
+
+
+@pytest.mark.parametrize("transport", ["tcp"], indirect=True)
+def test_a_stopped_prompt_costs_pulls_over_tcp_their_timeout(pair: Pair) -> None:
+    offer(pair.prompt, 1, seed=5)
+    mine = pair.decoder.call(dd.allocate, 2, (1, 4096))
+    pair.prompt.stop()
+    code, seconds = timed(pair.decoder.call, dd.pull_cache, CacheKey(PROMPT, 1), mine)
+    assert code is TIMEOUT
+    assert 4.9 < seconds < 5 + LITTLE  # sync_kv_timeout
+    pair.prompt.cont()
+    pair.decoder.call(dd.pull_cache, CacheKey(PROMPT, 1), mine)  # neither the link nor the key has gone
+    assert_arrived(pair.decoder, mine, seed=5)
+    assert pair.decoder.call(links) == [(PROMPT, "LINKED", pair.transport)]
 
 
 def test_a_stopped_decoder_keeps_the_memory_that_it_reads(pair: Pair) -> None:
@@ -222,7 +237,7 @@ def test_a_prompt_that_finalizes_breaks_its_links(pair: Pair) -> None:
     offer(pair.prompt, 1, seed=1)
     mine = pair.decoder.call(dd.allocate, 2, (1, 4096))
     pair.prompt.call(dd.finalize)
-    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", "shared_memory")])
+    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", pair.transport)])
     code, _ = timed(pair.decoder.call, dd.pull_cache, CacheKey(PROMPT, 1), mine)
     assert code is TIMEOUT
 
@@ -230,7 +245,7 @@ def test_a_prompt_that_finalizes_breaks_its_links(pair: Pair) -> None:
 def test_processes_that_end_without_finalize_leave_with_status_0(pair: Pair) -> None:
     pair.decoder.leave()
     assert pair.decoder.exitcode == 0
-    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", pair.transport)])
     pair.prompt.leave()
     assert pair.prompt.exitcode == 0
 

@@ -78,7 +78,7 @@ def test_decoder_killed_while_the_model_computes(pair: Pair) -> None:
     pair.prompt.call(transfer, cache, [(DECODER, addrs, None, 0), (99, addrs[2:], range(1, 2), 0)], hold=[1])
     pair.prompt.call(wait_until_asked, 1)
     pair.decoder.kill()
-    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", pair.transport)])
     started = time.monotonic()
     pair.prompt.call(go)
     assert pair.prompt.call(results) == [TIMEOUT, None]
@@ -92,7 +92,7 @@ def test_decoder_killed_while_bytes_move(pair: Pair) -> None:
     killed = time.monotonic()
     assert call.result() is TIMEOUT
     assert time.monotonic() - killed < PROMPT_TIMEOUT_S + LITTLE
-    wait_for_links(pair.prompt, [(DECODER, "BROKEN", "shared_memory")])
+    wait_for_links(pair.prompt, [(DECODER, "BROKEN", pair.transport)])
     pair.prompt.call(dd.deallocate, 1)
     assert pair.prompt.call(dd.pool_used) == 0
     wait_for_no_threads(pair.prompt)
@@ -131,7 +131,7 @@ def test_prompt_killed_while_bytes_move(pair: Pair) -> None:
     pair.decoder.call(dd.fill, other, 3)
     _, mine = start_large_transfers(pair)
     pair.prompt.kill()
-    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", "shared_memory")])
+    wait_for_links(pair.decoder, [(PROMPT, "BROKEN", pair.transport)])
     pair.decoder.call(dd.deallocate, mine)
     deadline = time.monotonic() + 5
     while pair.decoder.call(dd.pool_used) != 8192:
@@ -174,7 +174,7 @@ def test_decoder_frees_the_destination_while_bytes_move(pair: Pair) -> None:
     pair.decoder.call(dd.fill, again, 4)
     for tensor in range(2):
         assert pair.decoder.call(dd.read, again, tensor) == dd.payload(4, tensor, LARGE[1]).tobytes()
-    assert pair.prompt.call(links) == [(DECODER, "LINKED", "shared_memory")]
+    assert pair.prompt.call(links) == [(DECODER, "LINKED", pair.transport)]
 
 
 @pytest.mark.parametrize("force", [False, True])
