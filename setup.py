@@ -1,5 +1,7 @@
 """The table of native modules; everything else about the package stands in pyproject.toml."""
 
+from glob import glob
+
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -28,7 +30,7 @@ extensions = [
         f"llm_datadist.{name}",
         [f"llm_datadist/{name}.pyx"],
         include_dirs=["llm_datadist/include"],
-        depends=[f"llm_datadist/include/{header}.h" for header in ("atomics", "copy_workers", "crc32c", "stream_copy")],
+        depends=glob("llm_datadist/include/*.h"),
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
     for name in MODULES

@@ -18,6 +18,12 @@ cdef extern from "crc32c.h" nogil:
     void crc32c_prepare()
     uint32_t crc32c(uint32_t crc, const void *bytes, size_t nbytes)
 
+cdef extern from "quiet_pipe.h" nogil:
+    ctypedef struct sigset_t:
+        pass
+    void quiet_pipe_begin(sigset_t *before)
+    void quiet_pipe_end(const sigset_t *before)
+
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
         void *iov_base
@@ -72,6 +78,17 @@ cdef void start_flow(Flow *flow) noexcept nogil:
 
 cdef StreamEnd send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexcept nogil:
     """Send everything; with `more` the kernel may keep the last bytes until others follow."""
+    cdef sigset_t before
+    cdef StreamEnd end
+    if flow.file == 0:
+        return _send_flow(fd, flow, gate, more)
+    quiet_pipe_begin(&before)
+    end = _send_flow(fd, flow, gate, more)
+    quiet_pipe_end(&before)
+    return end
+
+
+cdef StreamEnd _send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexcept nogil:
     cdef iovec vectors[VECTORS]
     cdef msghdr message
     cdef ssize_t moved

@@ -142,10 +142,17 @@ class Link:
         if not self.farewell.done():
             self.farewell.set_result(word)
 
-    def start_unlink(self) -> bool:
-        """Go to UNLINKING and let no new transfer start; False, and nothing changed, if one uses the link."""
-        if self.state is LinkState.LINKED and (self.grant.busy or not self.end.begin_close()):
-            return False
+    def start_unlink(self, *, peer_is_idle: bool = False) -> bool:
+        """Go to UNLINKING and let no new transfer start; False, and nothing changed, if one uses the link.
+
+        With `peer_is_idle` the peer has said that no transfer of its own runs; what this side has not heard of the end
+        of one yet does not count.
+        """
+        if self.state is LinkState.LINKED:
+            if not peer_is_idle and self.grant.busy:
+                return False
+            if not self.end.begin_close():
+                return False
         self.status.handle(LinkEvent.TAKE_DOWN)
         return True
 

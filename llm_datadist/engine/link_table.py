@@ -21,6 +21,7 @@ from llm_datadist.transports.base import End
 _log = logging.getLogger("llm_datadist.link")
 
 MAX_LINKS = 512  # of one process, documented
+_RECEIPT_SECONDS = 0.02  # between the end of a transfer at the peer and its end here
 
 
 class LinkDescription(NamedTuple):
@@ -236,19 +237,37 @@ class LinkTable:
         _log.info("linked to cluster %d over %s: %s", link.cluster_id, link.end.name, link.reason)
 
     def start_unlink(self, link: Link) -> bool:
-        """Let no new transfer start on a link; False, and nothing changed, if one uses it."""
-        with self._lock:
-            return link.state is LinkState.UNLINKED or link.start_unlink()
+        """Let no new transfer start on a link; False, and nothing changed, if one uses it.
+
+        Waits a moment for a transfer of the peer: over tcp this side hears of its end a little later than the peer.
+        """
+        give_up = time.monotonic() + _RECEIPT_SECONDS
+        while True:
+            with self._lock:
+                if link.state is LinkState.UNLINKED or link.start_unlink():
+                    return True
+            if link.end.busy or time.monotonic() > give_up:
+                return False
+            time.sleep(_RECEIPT_SECONDS / 20)
 
     def start_unlink_of(self, cluster_id: int) -> Link | LLMStatusCode:
-        """Let no new transfer start on the link to a cluster; or say what the unlink ends with, nothing changed."""
-        with self._lock:
-            link = self._find(cluster_id)
-            if cluster_id in self._opening or (link is not None and link.state is LinkState.UNLINKING):
-                return LLMStatusCode.LLM_PROCESSING_LINK
-            if link is None:
-                return LLMStatusCode.LLM_SUCCESS
-            return link if link.start_unlink() else LLMStatusCode.LLM_LINK_BUSY
+        """Let no new transfer start on the link to a cluster; or say what the unlink ends with, nothing changed.
+
+        Waits a moment as `start_unlink` does.
+        """
+        give_up = time.monotonic() + _RECEIPT_SECONDS
+        while True:
+            with self._lock:
+                link = self._find(cluster_id)
+                if cluster_id in self._opening or (link is not None and link.state is LinkState.UNLINKING):
+                    return LLMStatusCode.LLM_PROCESSING_LINK
+                if link is None:
+                    return LLMStatusCode.LLM_SUCCESS
+                if link.start_unlink():
+                    return link
+            if link.end.busy or time.monotonic() > give_up:
+                return LLMStatusCode.LLM_LINK_BUSY
+            time.sleep(_RECEIPT_SECONDS / 20)
 
     def keep(self, link: Link) -> None:
         """Take `start_unlink` back."""
@@ -313,7 +332,7 @@ class LinkTable:
             link = self._find(cluster_id)
             if link is None or link.token != token or link.opened_here:
                 return LLMStatusCode.LLM_SUCCESS
-            if link.state is LinkState.LINKED and not link.start_unlink():
+            if link.state is LinkState.LINKED and not link.start_unlink(peer_is_idle=True):
                 return LLMStatusCode.LLM_LINK_BUSY  # a push is running
             self._remove(link)
         self._on_peer_gone()
@@ -486,7 +505,7 @@ class LinkTable:
             if link.state is not LinkState.LINKED or word == rendezvous.BUSY:
                 return
             if word == rendezvous.UNLINK:
-                if not link.start_unlink():
+                if not link.start_unlink(peer_is_idle=True):
                     self._say(link, rendezvous.BUSY)
                     return
                 self._say(link, rendezvous.GONE)

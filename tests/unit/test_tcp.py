@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import socket
 import struct
 import threading
@@ -416,3 +417,21 @@ def test_a_link_that_is_revoked_gives_nothing_any_more(owner: Owner) -> None:
     owner.pull()
     owner.claims.revoke()
     assert fails(owner.pull) in (Outcome.PEER_DEAD, Outcome.REVOKED)
+
+
+def test_a_puller_that_goes_away_does_not_end_the_owner(owner: Owner) -> None:
+    """Writing to a closed stream raises SIGPIPE; programs may have put its default back, which ends them."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        asking = owner.connect()
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wanted = request(operation=PULL_RANGE, kind=CACHE, key_id=7, count=2**64 - 1, tensors=TENSORS, nbytes=STRIDE)
+        asking.sendall(wanted)
+        receive(asking, REPLY.size)
+        asking.close()
+        owner.threads[0].join(5)
+        assert not owner.threads[0].is_alive()
+        owner.add_channel()
+        owner.pull()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
