@@ -6,7 +6,6 @@ the process that started it, however that process ends.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,8 @@ from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from llm_datadist.cluster.death_signal import die_with_parent
+
 _KILL_DEADLINE_S = 5.0  # for the kernel to end a process that got SIGKILL, or to stop one that got SIGSTOP
 _POLL_S = 0.001
 
@@ -206,20 +206,12 @@ def _spawn(name: str, target: Callable[..., None], args: tuple[object, ...]) -> 
 
 def _run(parent_pid: int, connection: Connection, target: Callable[..., None], args: tuple[Any, ...]) -> None:
     """Body of a worker."""
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _exit_on_terminate)
     with connection:
         target(connection, *args)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{os.strerror(error)}: cannot tie the worker to the life of its parent")
-    if os.getppid() != parent_pid:  # the parent died before the request above took effect
-        os._exit(1)
 
 
 def _exit_on_terminate(number: int, frame: FrameType | None) -> None:
