@@ -87,9 +87,16 @@ class RankEnvironment(NamedTuple):
         RankEnvironmentError
             There is no cluster file.
         """
+        return self._cluster_file().clusters[self.rank]
+
+    def with_role(self, role: LLMRole) -> tuple[Cluster, ...]:
+        """Give all clusters of a role, in the order of their ranks; raises as `cluster` does."""
+        return self._cluster_file().with_role(role)
+
+    def _cluster_file(self) -> ClusterFile:
         if self.clusters is None:
             raise RankEnvironmentError(f"there is no cluster file: {CLUSTER} is not set, should be the path of one")
-        return self.clusters.clusters[self.rank]
+        return self.clusters
 
 
 class _Launcher(NamedTuple):
