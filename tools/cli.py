@@ -6,6 +6,7 @@ import click
 
 from llm_datadist.tools.bench.command import bench
 from llm_datadist.tools.demo.command import demo
+from llm_datadist.tools.launch import launch
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,6 +16,7 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(demo)
+main.add_command(launch)
 
 if __name__ == "__main__":
     main(prog_name="llm-datadist")
