@@ -1,0 +1,1 @@
+"""A worker program for every launcher, and what they need to start it."""
