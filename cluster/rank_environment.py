@@ -100,14 +100,14 @@ class RankEnvironment(NamedTuple):
 
 
 class _Launcher(NamedTuple):
-    """What a launcher sets. Of several variables for one value the first that is set counts."""
+    """The variables that a launcher sets."""
 
     name: str
     signs: tuple[str, ...]  # it was this launcher if one of them is set
-    rank: tuple[str, ...]
-    world_size: tuple[str, ...]
-    local_rank: tuple[str, ...]
-    local_world_size: tuple[str, ...] = ()
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str | None
     one_a_host: bool = False  # without a local rank this is the only process of its host
 
 
@@ -115,33 +115,29 @@ _TABLE = (
     _Launcher(
         "llm-datadist",
         (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE),
-        (RANK,),
-        (WORLD_SIZE,),
-        (LOCAL_RANK,),
-        (LOCAL_WORLD_SIZE,),
+        RANK,
+        WORLD_SIZE,
+        LOCAL_RANK,
+        LOCAL_WORLD_SIZE,
         one_a_host=True,
     ),
-    _Launcher("torchrun", ("TORCHELASTIC_RUN_ID",), ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",)),
+    _Launcher("torchrun", ("TORCHELASTIC_RUN_ID",), "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     _Launcher(
         "openmpi",
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK",),
-        ("OMPI_COMM_WORLD_SIZE",),
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     # Hydra, the mpirun of MPICH, Intel MPI and MVAPICH. Its daemons may be started by srun, so it comes before SLURM.
-    _Launcher("mpich", ("MPI_LOCALRANKID",), ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",)),
-    # SLURM_NTASKS alone says nothing: a shell that salloc opened has it too, and is no rank.
-    _Launcher(
-        "slurm", ("SLURM_PROCID",), ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",)
-    ),
+    _Launcher("mpich", ("MPI_LOCALRANKID",), "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # Not SLURM_NTASKS: a batch script has it and SLURM_PROCID too, but only what srun starts is a rank.
+    _Launcher("slurm", ("SLURM_PROCID",), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None),
     # Other process managers with the interface of MPICH, such as PALS.
-    _Launcher("pmi", ("PMI_RANK", "PMI_SIZE"), ("PMI_RANK",), ("PMI_SIZE",), ("PMI_LOCAL_RANK",), ("PMI_LOCAL_SIZE",)),
+    _Launcher("pmi", ("PMI_RANK", "PMI_SIZE"), "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
     # The names that torchrun made usual, set by something else, such as a training operator of Kubernetes.
-    _Launcher(
-        "generic", ("RANK",), ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",), one_a_host=True
-    ),
+    _Launcher("generic", ("RANK",), "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", one_a_host=True),
 )
 
 
@@ -214,28 +210,24 @@ def _ranks(launcher: _Launcher, variables: Mapping[str, str]) -> RankEnvironment
     return RankEnvironment(launcher.name, rank, world_size, local_rank, local_world_size)
 
 
-def _required(
-    launcher: _Launcher, variables: Mapping[str, str], names: tuple[str, ...], lowest: int, highest: int
-) -> int:
-    value = _optional(launcher, variables, names, lowest, highest)
+def _required(launcher: _Launcher, variables: Mapping[str, str], name: str, lowest: int, highest: int) -> int:
+    value = _optional(launcher, variables, name, lowest, highest)
     if value is None:
         sign = next((name for name in launcher.signs if name in variables), LAUNCHER)
-        wanted = " or ".join(names)
-        raise RankEnvironmentError(f"{wanted} is not set, but {sign} is {variables[sign]!r} ({launcher.name})")
+        raise RankEnvironmentError(f"{name} is not set, but {sign} is {variables[sign]!r} ({launcher.name})")
     return value
 
 
 def _optional(
-    launcher: _Launcher, variables: Mapping[str, str], names: tuple[str, ...], lowest: int, highest: int
+    launcher: _Launcher, variables: Mapping[str, str], name: str | None, lowest: int, highest: int
 ) -> int | None:
-    for name in names:
-        if name in variables:
-            text = variables[name].strip()
-            if not (text.isascii() and text.isdigit() and len(text) <= 10 and lowest <= int(text) <= highest):
-                expected = f"a number from {lowest} to {highest}"
-                raise RankEnvironmentError(f"{name} is {variables[name]!r}, should be {expected} ({launcher.name})")
-            return int(text)
-    return None
+    if name is None or name not in variables:
+        return None
+    text = variables[name].strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and lowest <= int(text) <= highest):
+        expected = f"a number from {lowest} to {highest}"
+        raise RankEnvironmentError(f"{name} is {variables[name]!r}, should be {expected} ({launcher.name})")
+    return int(text)
 
 
 def _clusters(variables: Mapping[str, str], ranks: RankEnvironment) -> ClusterFile | None:

@@ -11,13 +11,25 @@ import time
 
 import numpy as np
 
-from llm_datadist import CacheDesc, CacheKey, DataType, LLMDataDist, LLMRole, LLMStatusCode
+from llm_datadist import (
+    CacheDesc,
+    CacheKey,
+    DataType,
+    KvCache,
+    KvCacheManager,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+)
 from llm_datadist.cluster.cluster_file import Cluster
 from llm_datadist.cluster.rank_environment import RankEnvironment, read_rank_environment
 from llm_datadist.introspection import describe_links, pool_statistics
 from llm_datadist.views import tensor_view
 
 KV = CacheDesc(4, (1, 256, 64), DataType.DT_FLOAT16)  # K and V of two layers
+READY = CacheDesc(1, (1, 1), DataType.DT_INT8)
+KV_MODEL, READY_MODEL = 0, 1  # model ids, to tell their keys apart
 OPTIONS = {"ge.flowGraphMemMaxSize": str(64 << 20), "llm.SyncKvCacheWaitTime": "10000"}
 DEADLINE_S = 60.0  # for the others to start, and to end
 LOOK_AGAIN_S = 0.02
@@ -38,15 +50,19 @@ def offer(place: RankEnvironment) -> str:
     prompt = open_datadist(place.cluster)
     own_id = place.cluster.cluster_id
     decoders = place.with_role(LLMRole.DECODER)
+    manager = prompt.kv_cache_manager
     for decoder in decoders:
-        cache = prompt.kv_cache_manager.allocate_cache(KV, [CacheKey(own_id, req_id=decoder.cluster_id)])
+        cache = manager.allocate_cache(KV, [CacheKey(own_id, decoder.cluster_id, KV_MODEL)])
         for tensor in range(KV.num_tensors):
             tensor_view(cache, tensor)[:] = content(own_id, decoder.cluster_id, tensor)
-        prompt.kv_cache_manager.deallocate_cache(cache)  # its key holds it until it is pulled
+        manager.deallocate_cache(cache)  # its key holds it until it is pulled
+        # A key can be pulled as soon as it is there, whatever is in the cache: a second one says that all is written.
+        # Programs with a router between prefill and decode need none: it tells the decoder.
+        manager.deallocate_cache(manager.allocate_cache(READY, [CacheKey(own_id, decoder.cluster_id, READY_MODEL)]))
     deadline = time.monotonic() + DEADLINE_S
     while (left := pool_statistics(prompt).keys) or describe_links(prompt):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{left} of {len(decoders)} caches were not pulled within {DEADLINE_S} s")
+            raise TimeoutError(f"{left} caches were not pulled within {DEADLINE_S} s")
         time.sleep(LOOK_AGAIN_S)
     prompt.finalize()
     return f"{len(decoders)} caches were pulled"
@@ -58,9 +74,11 @@ def pull(place: RankEnvironment) -> str:
     prompts = place.with_role(LLMRole.PROMPT)
     for prompt in prompts:
         link(decoder, prompt)
-    cache = decoder.kv_cache_manager.allocate_cache(KV)
+    manager = decoder.kv_cache_manager
+    cache, ready = manager.allocate_cache(KV), manager.allocate_cache(READY)
     for prompt in prompts:
-        decoder.kv_cache_manager.pull_cache(CacheKey(prompt.cluster_id, req_id=own_id), cache)
+        pull_when_there(manager, CacheKey(prompt.cluster_id, own_id, READY_MODEL), ready)
+        manager.pull_cache(CacheKey(prompt.cluster_id, own_id, KV_MODEL), cache)
         for tensor in range(KV.num_tensors):
             np.testing.assert_array_equal(tensor_view(cache, tensor), content(prompt.cluster_id, own_id, tensor))
     decoder.unlink_clusters([prompt.link_info() for prompt in prompts])
@@ -79,6 +97,17 @@ def link(decoder: LLMDataDist, prompt: Cluster) -> None:
             raise TimeoutError(
                 f"no link to prompt {prompt.cluster_id} within {DEADLINE_S} s, the last try gave {overall}"
             )
+        time.sleep(LOOK_AGAIN_S)
+
+
+def pull_when_there(manager: KvCacheManager, key: CacheKey, cache: KvCache) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return manager.pull_cache(key, cache)
+        except LLMException as error:
+            if error.status_code is not LLMStatusCode.LLM_KV_CACHE_NOT_EXIST or time.monotonic() > deadline:
+                raise
         time.sleep(LOOK_AGAIN_S)
 
 

@@ -6,17 +6,22 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llm_datadist import LLMRole
+from llm_datadist.cluster.cluster_file import parse_cluster_file, read_cluster_file
 from llm_datadist.cluster.launch_plan import local_clusters
+from tests.launchers.slurm import running_slurm
 
-WORKER = str(Path(__file__).parents[2] / "examples" / "launchers" / "worker.py")
+EXAMPLES = Path(__file__).parents[2] / "examples" / "launchers"
+WORKER = str(EXAMPLES / "worker.py")
 RUN_S = 100.0
 PROMPTS, DECODERS = 2, 3
 RANKS = PROMPTS + DECODERS
@@ -112,6 +117,44 @@ def test_mpirun_of_open_mpi(cluster_file: str) -> None:
 def test_mpirun_of_mpich(cluster_file: str) -> None:
     mpirun = [find_mpirun("HYDRA", ("mpiexec.hydra", "mpirun.mpich", "mpirun")), "-n", str(RANKS)]
     assert_all_done(run([*mpirun, sys.executable, WORKER], LLM_DATADIST_CLUSTER=cluster_file), "mpich")
+
+
+def test_srun(cluster_file: str, tmp_path: Path, free_port: Callable[[], int]) -> None:
+    with running_slurm(tmp_path, free_port) as slurm:
+        srun = ["srun", "--kill-on-bad-exit=1", "--ntasks", str(RANKS), sys.executable, WORKER]
+        output = run(srun, **{**slurm, "LLM_DATADIST_CLUSTER": cluster_file})
+    assert_all_done(output, "slurm")
+
+
+def test_the_batch_script_of_slurm(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    with running_slurm(tmp_path, free_port) as slurm, ports_in_a_row(RANKS) as port:
+        sbatch = ["sbatch", "--wait", "--nodes=1", f"--ntasks-per-node={RANKS}", f"--output={tmp_path}/output"]
+        variables = {**slurm, "PROMPTS": str(PROMPTS), "PORT": str(port)}
+        run([*sbatch, f"--chdir={tmp_path}", str(EXAMPLES / "slurm.sbatch"), sys.executable, WORKER], **variables)
+    assert_all_done((tmp_path / "output").read_text(), "slurm")
+
+
+@contextlib.contextmanager
+def ports_in_a_row(count: int) -> Iterator[int]:
+    """Hold ports that follow each other, on all addresses; gives the first."""
+    for first in range(40000, 60000, count):
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                one = held.enter_context(socket.socket())
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(("", port))
+            yield first
+            return
+    raise AssertionError(f"no {count} free ports in a row")
+
+
+def test_files_for_other_launchers() -> None:
+    assert len(read_cluster_file(EXAMPLES / "cluster.yaml").clusters) == 6
+    _, config, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    clusters = parse_cluster_file(config["data"]["cluster.yaml"])
+    assert len(clusters.clusters) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    given = {variable["name"] for variable in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert given == {*KUBERNETES, "LLM_DATADIST_CLUSTER"}
 
 
 @pytest.mark.parametrize(("variables", "launcher"), [(SLURM, "slurm"), (KUBERNETES, "llm-datadist")])

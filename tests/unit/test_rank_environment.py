@@ -74,8 +74,8 @@ def test_every_variable_is_needed(launcher: str) -> None:
     """Each variable that tells a place is missed, is no number, or is out of range; the message names it."""
     complete = LAUNCHERS[launcher]
     for name in (name for name, value in complete.items() if value in ("1", "3", "5")):
-        if name in ("GROUP_RANK", "ROLE_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "LOCAL_WORLD_SIZE"):
-            continue  # not read, or there is another one for the same
+        if name in ("GROUP_RANK", "ROLE_RANK", "SLURM_NTASKS", "LOCAL_WORLD_SIZE"):
+            continue  # not read, or not needed
         if name == "RANK" and launcher == "generic":
             continue  # without it there is no sign of a launcher
         if name not in ("SLURM_PROCID", "MPI_LOCALRANKID"):
@@ -88,11 +88,11 @@ def test_every_variable_is_needed(launcher: str) -> None:
                 read_rank_environment({**complete, name: wrong})
 
 
-def test_slurm_counts_the_tasks_of_the_step() -> None:
-    step = {**SLURM, "SLURM_NTASKS": "64"}
-    assert read_rank_environment(step).world_size == 5
-    del step["SLURM_STEP_NUM_TASKS"]
-    assert read_rank_environment(step).world_size == 64
+def test_a_batch_script_of_slurm_is_no_rank() -> None:
+    assert read_rank_environment({**SLURM, "SLURM_NTASKS": "64"}).world_size == 5
+    script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NUM_TASKS"}
+    with pytest.raises(RankEnvironmentError, match="SLURM_STEP_NUM_TASKS is not set, but SLURM_PROCID is '3'"):
+        read_rank_environment(script)
 
 
 @pytest.mark.parametrize("outer", ["mpich", "slurm", "generic"])
@@ -113,7 +113,9 @@ def test_a_step_with_the_interface_of_mpich_is_one_of_slurm() -> None:
 def test_the_launcher_can_be_named() -> None:
     both = {**EXPLICIT, **OPENMPI, "OMPI_COMM_WORLD_RANK": "4"}
     assert read_rank_environment({**both, "LLM_DATADIST_LAUNCHER": "openmpi"})[:2] == ("openmpi", 4)
-    with pytest.raises(RankEnvironmentError, match="SLURM_NTASKS is not set, but LLM_DATADIST_LAUNCHER is 'slurm'"):
+    with pytest.raises(
+        RankEnvironmentError, match="SLURM_STEP_NUM_TASKS is not set, but LLM_DATADIST_LAUNCHER is 'slurm'"
+    ):
         read_rank_environment({**both, "LLM_DATADIST_LAUNCHER": "slurm"})
     with pytest.raises(
         RankEnvironmentError, match="LLM_DATADIST_LAUNCHER is 'mpi', should be one of llm-datadist, torch"
