@@ -52,8 +52,8 @@ def run_commands(
     """Start all commands, pass on their output and signals to them, and come back when all have ended.
 
     When a process fails (its status is not 0), the others get SIGTERM. SIGINT, SIGTERM and SIGHUP of this process go to
-    all of them. Who is left after `stop_timeout_s` is killed, and so is everybody at a second signal. However this call
-    ends, no process is left.
+    all of them. Services are stopped when all others have ended. Who is left after `stop_timeout_s` is killed, and so
+    is everybody at a second signal. However this call ends, no process is left.
 
     Call it in the main thread: signals arrive there.
 
@@ -93,6 +93,7 @@ class _Run:
         self._drained_at: dict[LaunchedProcess, float] = {}  # those that have ended, until their streams are closed
         self._killed_at: float | None = None  # when those that are being stopped are killed
         self._killed = False
+        self._services_stopped = False
         self._signal: int | None = None
         self._failed: LaunchedProcess | None = None
         self._selector = selectors.DefaultSelector()
@@ -130,11 +131,20 @@ class _Run:
         signal.signal(number, signal.SIG_DFL)  # a third one ends the launcher, if nobody takes its output
 
     def _stop(self, number: int) -> None:
-        """Ask all to end; a process that is stopped hears it too."""
+        """Ask the workers to end; a process that is stopped hears it too. Services are needed until they have."""
         if self._killed_at is None:
             self._killed_at = time.monotonic() + self._stop_timeout_s
         for process in self._processes:
-            process.signal(number)
+            if not process.command.service:
+                process.signal(number)
+                process.signal(signal.SIGCONT)
+
+    def _stop_services(self) -> None:
+        self._services_stopped = True
+        self._killed_at = time.monotonic() + self._stop_timeout_s
+        self._killed = False
+        for process in self._processes:
+            process.signal(signal.SIGTERM)
             process.signal(signal.SIGCONT)
 
     # ---- from start to end
@@ -192,8 +202,8 @@ class _Run:
             if self._killed_at is None and (process.exitcode != 0 or too_early):
                 self._failed = process
                 self._stop(signal.SIGTERM)
-        if self._killed_at is None and not self._workers_run():
-            self._stop(signal.SIGTERM)  # the services
+        if not self._services_stopped and not self._workers_run():
+            self._stop_services()
 
     def _workers_run(self) -> bool:
         return any(process.exitcode is None for process in self._processes if not process.command.service)
