@@ -9,6 +9,7 @@ cdef enum StreamEnd:
     STREAM_CLOSED = 1         # by the other end, or it broke
     STREAM_LATE = 2           # the deadline passed, or the gate closed
     STREAM_FAULT = 3          # memory is not mapped
+    STREAM_SPOILT = 4         # what came is not what was sent, so it is not known where anything begins
 
 cdef struct Range:
     uint64_t address          # from the beginning of the tensor; with one tensor at 0, an address
@@ -37,6 +38,7 @@ cdef struct Flow:
     uint64_t range_done
     uint64_t tail_done
 
+cdef uint64_t sum_bytes(uint64_t crc, const void *bytes, uint64_t nbytes) noexcept nogil
 cdef void start_flow(Flow *flow) noexcept nogil
 
 # `gate` may be NULL: then only the end of the stream ends the wait.

@@ -65,6 +65,11 @@ def checksum(const unsigned char[::1] data not None, uint32_t crc=0):
     return crc32c(crc, &data[0], data.shape[0]) if data.shape[0] else crc
 
 
+cdef uint64_t sum_bytes(uint64_t crc, const void *bytes, uint64_t nbytes) noexcept nogil:
+    """CRC-32C of bytes that follow those whose sum is `crc`."""
+    return crc32c(<uint32_t>crc, bytes, nbytes)
+
+
 cdef void start_flow(Flow *flow) noexcept nogil:
     """Count the bytes of a flow whose parts are set, and go to its beginning."""
     cdef uint64_t of_tensor = 0

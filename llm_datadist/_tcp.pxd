@@ -9,10 +9,14 @@
 #
 # A key is released between the two verdicts at the end of a release: an initiator that dies before it has said that it
 # has every byte leaves the key as it was. An end that cannot go on closes the stream.
+#
+# Requests with their tables, replies and verdicts always carry a CRC-32C of themselves: a number that changed on the
+# way would move the wrong bytes. Whoever sees one closes the stream.
 
 from libc.stdint cimport uint64_t
 
 from llm_datadist._core cimport Seal
+from llm_datadist._stream cimport sum_bytes
 
 cdef enum:
     MAX_TABLE = 1 << 22       # words after a request: what a peer can make the owner allocate
@@ -46,6 +50,7 @@ cdef struct StreamRequest:
     uint64_t nbytes           # of PULL_RANGE, in each tensor; of a push, of the bytes together
     uint64_t blocks           # in the table
     Seal seal
+    uint64_t sum              # of the request, with 0 in here, and of its table
 
 cdef struct StreamReply:
     uint64_t magic
@@ -53,6 +58,7 @@ cdef struct StreamReply:
     uint64_t tensors          # of the owner's cache, if it was found
     uint64_t slots
     uint64_t stride
+    uint64_t sum              # of the words before
 
 cdef enum Confirmation:
     NOT_NEEDED = 0
@@ -62,9 +68,31 @@ cdef enum Confirmation:
 cdef struct StreamVerdict:
     uint64_t magic
     uint64_t outcome
-    uint64_t checksum
+    uint64_t checksum         # of the bytes, if they are summed
     uint64_t confirm          # Confirmation that the owner asks for
+    uint64_t sum              # of the words before
 
 
 cdef inline uint64_t stream_magic() noexcept nogil:
     return 0x4C4C4D4453545231ULL  # "LLMDSTR1"
+
+cdef inline uint64_t sum_of_request(const StreamRequest *request, const uint64_t *table, uint64_t words) noexcept nogil:
+    cdef StreamRequest copy = request[0]
+    copy.sum = 0
+    return sum_bytes(sum_bytes(0, &copy, sizeof(StreamRequest)), table, words * sizeof(uint64_t))
+
+cdef inline void sign_reply(StreamReply *reply) noexcept nogil:
+    reply.magic = stream_magic()
+    reply.sum = sum_bytes(0, reply, sizeof(StreamReply) - sizeof(uint64_t))
+
+cdef inline bint is_reply(const StreamReply *reply) noexcept nogil:
+    return reply.magic == stream_magic() and reply.sum == sum_bytes(0, reply, sizeof(StreamReply) - sizeof(uint64_t))
+
+cdef inline void sign_verdict(StreamVerdict *verdict) noexcept nogil:
+    verdict.magic = stream_magic()
+    verdict.sum = sum_bytes(0, verdict, sizeof(StreamVerdict) - sizeof(uint64_t))
+
+cdef inline bint is_verdict(const StreamVerdict *verdict) noexcept nogil:
+    return verdict.magic == stream_magic() and (
+        verdict.sum == sum_bytes(0, verdict, sizeof(StreamVerdict) - sizeof(uint64_t))
+    )

@@ -22,12 +22,13 @@ from llm_datadist._outcome cimport (
 from llm_datadist._push cimport Source, check_source
 from llm_datadist._segment cimport Segment
 from llm_datadist._stream cimport (
-    STREAM_CLOSED, STREAM_FAULT, STREAM_LATE, STREAM_OK, Flow, Range, StreamEnd, receive_bytes, receive_some,
-    send_bytes, send_flow, send_zeros, start_flow,
+    STREAM_CLOSED, STREAM_FAULT, STREAM_LATE, STREAM_OK, STREAM_SPOILT, Flow, Range, StreamEnd, receive_bytes,
+    receive_some, send_bytes, send_flow, send_zeros, start_flow,
 )
 from llm_datadist._tcp cimport (
     BY_BLOCKS, CONSUME, MAX_TABLE, NOT_NEEDED, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, RELEASE,
-    SEALED, SUMMED, StreamReply, StreamRequest, StreamVerdict, stream_magic,
+    SEALED, SUMMED, StreamReply, StreamRequest, StreamVerdict, is_reply, is_verdict, sign_verdict, stream_magic,
+    sum_of_request,
 )
 
 from llm_datadist._outcome import TransferFault
@@ -269,6 +270,8 @@ cdef class TcpPeer(LinkEnd):
         cdef uint64_t give_up = monotonic_ns() + DEATH_NS
         if end == STREAM_FAULT:
             return MEMORY_FAULT
+        if end == STREAM_SPOILT:
+            return CORRUPTED
         while end == STREAM_CLOSED and not stopped(gate) and monotonic_ns() < give_up:
             usleep(1000)
         if stopped(gate):
@@ -280,6 +283,7 @@ cdef class TcpPeer(LinkEnd):
         cdef Flow flow
         transfer.request.timeout_ns = transfer.gate.deadline_ns - now if transfer.gate.deadline_ns > now else 0
         memset(&flow, 0, sizeof(Flow))
+        transfer.request.sum = sum_of_request(&transfer.request, transfer.table, transfer.table_words)
         flow.head, flow.head_nbytes = &transfer.request, sizeof(StreamRequest)
         flow.tail, flow.tail_nbytes = transfer.table, transfer.table_words * sizeof(uint64_t)
         start_flow(&flow)
@@ -303,13 +307,13 @@ cdef class TcpPeer(LinkEnd):
             answered[0] = True
             if not checked and flow.head_done == sizeof(StreamReply):
                 checked = True
-                if transfer.reply.magic != stream_magic():
-                    return STREAM_CLOSED
+                if not is_reply(&transfer.reply):
+                    return STREAM_SPOILT
                 if transfer.reply.outcome != DONE:
                     outcome[0] = _known(transfer.reply.outcome)
                     return STREAM_OK  # nothing follows
-        if verdict.magic != stream_magic():
-            return STREAM_CLOSED
+        if not is_verdict(&verdict):
+            return STREAM_SPOILT
         outcome[0] = _known(verdict.outcome)
         if self._summed and outcome[0] == DONE and verdict.checksum != flow.checksum:
             outcome[0] = CORRUPTED
@@ -324,6 +328,7 @@ cdef class TcpPeer(LinkEnd):
         cdef StreamEnd end
         cdef bint release = verdict.confirm == RELEASE
         verdict.outcome = <uint64_t>outcome
+        sign_verdict(verdict)
         end = send_bytes(fd, verdict, sizeof(StreamVerdict), gate, False)
         return receive_bytes(fd, verdict, sizeof(StreamVerdict), gate) if release and end == STREAM_OK else end
 
@@ -333,7 +338,7 @@ cdef class TcpPeer(LinkEnd):
         cdef StreamEnd end = self._send_request(fd, transfer, True)
         if end != STREAM_OK:
             return end
-        verdict.magic, verdict.outcome, verdict.confirm = stream_magic(), DONE, 0
+        verdict.outcome, verdict.confirm = DONE, NOT_NEEDED
         _start_local(&flow, transfer)
         if self._pool is not None and not flow.summed:
             flow.file, flow.file_address, flow.file_nbytes = self._pool._fd + 1, self._pool.base, self._pool.size
@@ -343,6 +348,7 @@ cdef class TcpPeer(LinkEnd):
             verdict.outcome = MEMORY_FAULT
             end = send_zeros(fd, flow.left, &transfer.gate)
         verdict.checksum = flow.checksum
+        sign_verdict(&verdict)
         if end == STREAM_OK:
             end = send_bytes(fd, &verdict, sizeof(StreamVerdict), &transfer.gate, False)
         if end == STREAM_OK:
@@ -350,8 +356,8 @@ cdef class TcpPeer(LinkEnd):
         if end != STREAM_OK:
             return end
         answered[0] = True
-        if transfer.reply.magic != stream_magic():
-            return STREAM_CLOSED
+        if not is_reply(&transfer.reply):
+            return STREAM_SPOILT
         outcome[0] = _known(transfer.reply.outcome)
         return STREAM_OK
 

@@ -25,7 +25,8 @@ from llm_datadist._stream cimport (
 )
 from llm_datadist._tcp cimport (
     BY_BLOCKS, CONSUME, MAX_TABLE, NOT_NEEDED, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, RECEIPT,
-    RELEASE, SEALED, SUMMED, StreamReply, StreamRequest, StreamVerdict, stream_magic,
+    RELEASE, SEALED, SUMMED, StreamReply, StreamRequest, StreamVerdict, is_verdict, sign_reply, sign_verdict,
+    stream_magic, sum_of_request,
 )
 
 cdef enum:
@@ -95,7 +96,11 @@ cdef class TcpServer(PeerTarget):
         room = _make_room(&work)
         if room == NULL:
             return False
-        if receive_bytes(fd, room, _table_words(request) * sizeof(uint64_t), &work.gate) == STREAM_OK:
+        if receive_bytes(fd, room, _table_words(request) * sizeof(uint64_t), &work.gate) != STREAM_OK:
+            goes_on = False
+        elif request.sum != sum_of_request(request, room, _table_words(request)):
+            goes_on = False  # nothing that it says can be relied on, not even where the next one begins
+        else:
             _find_largest(&work)
             if request.operation == PULL_RANGE or request.operation == PULL_BLOCKS:
                 goes_on = self._serve_pull(fd, &work)
@@ -173,10 +178,11 @@ cdef class TcpServer(PeerTarget):
             &pull.found.entry, &pull.seal, work.blocks, work.request.blocks
         ):
             outcome = STALE_BLOCKS
-        verdict.magic, verdict.outcome, verdict.checksum = stream_magic(), <uint64_t>outcome, flow.checksum
+        verdict.outcome, verdict.checksum = <uint64_t>outcome, flow.checksum
         verdict.confirm = RECEIPT if flow.lent else NOT_NEEDED
         if outcome == DONE and self._releases(pull):
             verdict.confirm = RELEASE
+        sign_verdict(&verdict)
         goes_on = send_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate, False) == STREAM_OK
         if goes_on and verdict.confirm != NOT_NEEDED:
             return self._await_receipt(fd, pull, work, verdict.confirm == RELEASE)
@@ -187,7 +193,7 @@ cdef class TcpServer(PeerTarget):
         """Wait until the peer says that it has every byte; then release the key if that is wanted, and say so."""
         cdef StreamVerdict verdict
         cdef bint said = receive_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate) == STREAM_OK
-        if not said or verdict.magic != stream_magic():
+        if not said or not is_verdict(&verdict):
             self._end(pull, PEER_DEAD)
             return False
         self._end(pull, DONE if release and verdict.outcome == DONE else CORRUPTED)
@@ -268,7 +274,7 @@ cdef class TcpServer(PeerTarget):
             outcome[0] = MEMORY_FAULT
             end = discard(fd, flow.left, &work.gate)
         elif end == STREAM_OK:
-            if verdict.magic != stream_magic():
+            if not is_verdict(&verdict):
                 return False
             outcome[0] = <Outcome>verdict.outcome if verdict.outcome == DONE else MEMORY_FAULT
             if flow.summed and outcome[0] == DONE and verdict.checksum != flow.checksum:
@@ -338,9 +344,9 @@ cdef void _join_range(Work *work, uint64_t address, uint64_t nbytes) noexcept no
 
 
 cdef void _fill_reply(StreamReply *reply, Outcome outcome, const DirectoryEntry *entry) noexcept nogil:
-    reply.magic = stream_magic()
     reply.outcome = <uint64_t>outcome
     reply.tensors, reply.slots, reply.stride = entry.tensors, entry.slots, entry.stride
+    sign_reply(reply)
 
 
 cdef bint _reply(int fd, Outcome outcome, const DirectoryEntry *entry, const Gate *gate) noexcept nogil:

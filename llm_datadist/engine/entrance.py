@@ -13,6 +13,7 @@ from llm_datadist.transports.rendezvous import ForeignProcess
 _log = logging.getLogger("llm_datadist.link")
 
 _STRANGER_SECONDS = 5.0  # for a connection to introduce itself
+_REST_SECONDS = 0.1  # when a connection cannot be accepted
 _MAX_STRANGERS = 1024  # at one time; the listener's queue holds the others back
 
 
@@ -65,8 +66,13 @@ class Entrance:
             stranger = self._accept(self.listener)
         except BlockingIOError:
             return  # gone again
-        except (OSError, ForeignProcess) as error:
+        except ForeignProcess as error:
             _log.warning("refused a connection: %s", error)
+            return
+        except OSError as error:  # no descriptors left: whoever waits would be announced again and again
+            _log.warning("cannot accept a connection, the next attempt is in %s s: %s", _REST_SECONDS, error)
+            self._loop.unwatch(self.listener)
+            self._loop.at(time.monotonic() + _REST_SECONDS, self._go_on)
             return
         if len(self._strangers) >= _MAX_STRANGERS:
             stranger.close()
@@ -74,6 +80,10 @@ class Entrance:
         self._strangers[stranger] = b""
         self._loop.watch(stranger, lambda: self._on_words(stranger))
         self._loop.at(time.monotonic() + _STRANGER_SECONDS, lambda: self._forget(stranger))
+
+    def _go_on(self) -> None:
+        if self.listener.fileno() >= 0:
+            self.open()
 
     def _on_words(self, stranger: socket.socket) -> None:
         said = self._strangers[stranger]

@@ -33,17 +33,19 @@ ORDINARY, PREFIX, BLOCKS, CACHE = 1, 2, 3, 4  # kinds of keys
 MAGIC = 0x4C4C4D4453545231
 PULL_RANGE, PULL_BLOCKS, PUSH_TO_ADDRESSES, PUSH_TO_KEY = 1, 2, 3, 4
 BY_BLOCKS = 8
-REQUEST = struct.Struct("<19Q")
-REPLY = struct.Struct("<5Q")
-VERDICT = struct.Struct("<4Q")
+REQUEST = struct.Struct("<20Q")
+REPLY = struct.Struct("<6Q")
+VERDICT = struct.Struct("<5Q")
 FIELDS = ["magic", "operation", "flags", "timeout_ns", "kind", "key_id", "model_id", "slot", "first", "count"]
 FIELDS += ["tensors", "block", "offset", "nbytes", "blocks"]
 
 
-def request(**fields: int) -> bytes:
+def request(*table: int, **fields: int) -> bytes:
     """Make a request; what is not given is 0, but for the magic number and a timeout of 5 s."""
     values = {"magic": MAGIC, "timeout_ns": 5 * 10**9, **fields}
-    return REQUEST.pack(*[values.get(field, 0) for field in FIELDS], 0, 0, 0, 0)
+    words = [values.get(field, 0) for field in FIELDS] + [0, 0, 0, 0]
+    rest = struct.pack(f"<{len(table)}Q", *table)
+    return REQUEST.pack(*words, checksum(REQUEST.pack(*words, 0) + rest)) + rest
 
 
 class Owner:
@@ -193,7 +195,7 @@ def test_a_key_goes_when_the_puller_has_every_byte(owner: Owner) -> None:
     )
     asking.sendall(wanted)
     assert len(receive(asking, REPLY.size + TENSORS * STRIDE)) == REPLY.size + TENSORS * STRIDE
-    _, outcome, _, confirm = VERDICT.unpack(receive(asking, VERDICT.size))
+    _, outcome, _, confirm, _ = VERDICT.unpack(receive(asking, VERDICT.size))
     assert (outcome, confirm) == (Outcome.DONE, 2)
     assert not owner.directory.is_consumed(key)  # nobody has said that the bytes have come
     asking.shutdown(socket.SHUT_RDWR)
@@ -309,8 +311,9 @@ def test_an_owner_that_does_not_answer(owner: Owner) -> None:
     owner.pull()
 
 
-def test_bytes_that_changed_on_the_way() -> None:
-    """Between the two ends somebody turns one bit of the payload."""
+@pytest.mark.parametrize("at", [8, 24, REPLY.size + STRIDE + 5, REPLY.size + TENSORS * STRIDE + 8])
+def test_bytes_that_changed_on_the_way(at: int) -> None:
+    """Between the two ends somebody turns one bit of the reply, the payload, or the verdict."""
     owner = Owner(summed=True)
     try:
         owner.publish()
@@ -323,7 +326,7 @@ def test_bytes_that_changed_on_the_way() -> None:
         def relay() -> None:
             asking.sendall(receive(theirs, REQUEST.size))
             answer = bytearray(receive(asking, REPLY.size + TENSORS * STRIDE + VERDICT.size))
-            answer[REPLY.size + STRIDE + 5] ^= 1
+            answer[at] ^= 1
             theirs.sendall(answer)
 
         thread = threading.Thread(target=relay)
@@ -348,6 +351,13 @@ def receive(connection: socket.socket, nbytes: int) -> bytes:
     return data
 
 
+def flipped(data: bytes, at: int) -> bytes:
+    """Turn one bit."""
+    changed = bytearray(data)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
 HUGE = 2**64 - 1
 STRANGE = {
     "nothing": b"",
@@ -358,7 +368,11 @@ STRANGE = {
     "too many tensors": request(operation=PULL_RANGE, tensors=2**40),
     "too many blocks": request(operation=PULL_BLOCKS, tensors=1, blocks=2**40, block=STRIDE),
     "a table that does not come": request(operation=PULL_BLOCKS, tensors=1, blocks=1000, block=STRIDE),
-    "blocks without end": request(operation=PULL_BLOCKS, tensors=1, blocks=1, block=HUGE) + struct.pack("<Q", HUGE),
+    "blocks without end": request(HUGE, operation=PULL_BLOCKS, tensors=1, blocks=1, block=HUGE),
+    "one bit": flipped(request(3, operation=PULL_BLOCKS, kind=BLOCKS, count=1, tensors=1, blocks=1, block=STRIDE), -1),
+    "one bit of the table": flipped(
+        request(3, operation=PULL_BLOCKS, kind=BLOCKS, count=1, tensors=1, blocks=1, block=STRIDE), 40
+    ),
     "a push of less than it says": request(
         operation=PUSH_TO_KEY, kind=CACHE, key_id=7, count=1, tensors=1, block=STRIDE, nbytes=1
     ),
@@ -408,7 +422,7 @@ def test_strange_requests_end_their_connection_alone(owner: Owner, data: bytes) 
 def test_numbers_that_cannot_be(owner: Owner, fields: dict[str, int], table: list[int], outcome: Outcome) -> None:
     owner.directory.publish_key(0, BLOCKS, 0, 0, 0)
     asking = owner.connect()
-    asking.sendall(request(tensors=1, blocks=len(table), **fields) + struct.pack(f"<{len(table)}Q", *table))
+    asking.sendall(request(*table, tensors=1, blocks=len(table), **fields))
     assert REPLY.unpack(receive(asking, REPLY.size))[1] == outcome
 
 
