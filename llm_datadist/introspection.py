@@ -10,6 +10,31 @@ from llm_datadist.datadist import LLMDataDist
 if TYPE_CHECKING:
     from llm_datadist.engine.caches import PoolStatistics
     from llm_datadist.engine.link_table import LinkDescription
+    from llm_datadist.roles import LLMRole
+
+
+def current_role(datadist: LLMDataDist) -> LLMRole:
+    """Tell the role of an instance, which `LLMDataDist.switch_role` may have changed.
+
+    Parameters
+    ----------
+    datadist : LLMDataDist
+        An instance, initialised or not.
+
+    Raises
+    ------
+    TypeError
+        `datadist` is no LLMDataDist.
+
+    Examples
+    --------
+    >>> from llm_datadist import LLMDataDist, LLMRole
+    >>> from llm_datadist.introspection import current_role
+    >>> print(current_role(LLMDataDist(LLMRole.PROMPT, cluster_id=1)))
+    LLMRole.PROMPT
+    """
+    check_isinstance("datadist", datadist, LLMDataDist, allow_none=False)
+    return datadist._role
 
 
 def pool_statistics(datadist: LLMDataDist) -> PoolStatistics:
