@@ -62,6 +62,7 @@ _MESSAGES_A_ROUND = 512  # between two looks at the clock
 _HEARTBEAT_MS = 5_000  # of ZeroMQ, by which connections to hosts that vanished are closed
 _HANDSHAKE_MS = 10_000  # for who connects and says nothing
 _LEAST_WAIT_MS = 50  # for a lock: it is granted in the round that follows
+_RETURN_S = 5.0  # after a start, in which members of a former life announce themselves again
 _QUEUED_REPLIES = 64  # to a client that does not read; further ones are dropped, and it asks again
 
 
@@ -330,6 +331,8 @@ class Registry:
 
     def _order(self, peer: bytes, request: bytes, message: Order, now: float) -> Message | None:
         target = self._table.peer_of(message.cluster_id)
+        if target is None and now < self._started + _RETURN_S:
+            return None  # it may announce itself again; the order is sent again too
         if target is None:
             return Refused(REFUSED_UNKNOWN, f"there is no cluster {message.cluster_id}")
         if not self._orders.add(message, peer, request, now):
@@ -377,10 +380,10 @@ def _listen(router: zmq.Socket[bytes], bind: str, port: int) -> tuple[str, int]:
         router.setsockopt(zmq.IPV6, int(":" in host))
         router.bind(f"tcp://{bracketed(host)}:{port}")
     except (OSError, zmq.ZMQError) as error:
-        reason = error.strerror or str(error)
-        raise LLMException(
-            f"cannot listen on {bind} port {port}: {reason}", status_code=LLMStatusCode.LLM_FAILED
-        ) from error
+        # pyzmq puts the address behind the text of the system.
+        text = zmq.strerror(error.errno or 0) if isinstance(error, zmq.ZMQError) else error.strerror
+        reason = f"cannot listen on {bind} port {port}: {text}"
+        raise LLMException(reason, status_code=LLMStatusCode.LLM_FAILED) from error
     endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
     return host, int(endpoint.rpartition(":")[2])
 
