@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from . import allocation, curves, links
+from . import allocation, curves, links, registry
 from .curves import LIMIT, MEMCPY, OURS, line
 from .peer_reads import MOONCAKE, NIXL
 from .results import FOLDER
@@ -46,6 +46,7 @@ def draw(document: dict[str, Any], folder: Path = FOLDER) -> list[Path]:
         "message_size": _message_size,
         "links": _links,
         "growth": _growth,
+        "registry": _registry,
     }
     return [
         _save(figure, folder / f"{name}.png", document)
@@ -132,6 +133,20 @@ def _growth(rows: list[Row]) -> Iterator[Any]:
     yield from _panels(rows, panels)
 
 
+def _registry(rows: list[Row]) -> Iterator[Any]:
+    across = "simulated members"
+    panels = (
+        (registry.ANNOUNCEMENTS_CURVE, across, "1/s", "Announcements a second"),
+        (registry.LOOK_UP_CURVE, across, "us", "Look-up of one member by its label"),
+        (registry.LOOK_UP_P99_CURVE, across, "us", "The same, p99"),
+        (registry.LIST_CURVE, across, "us", "List of all members"),
+        (registry.MEMORY_CURVE, across, "MiB", "Memory of the registry for them"),
+        (registry.NEWS_CURVE, across, "ms", "A change, until all have heard of it"),
+        (registry.DISCOVERY_CURVE, across, "s", "All come at once, until each knows each"),
+    )
+    yield from _panels(rows, panels)
+
+
 def _panels(rows: list[Row], panels: tuple[tuple[str, str, str, str], ...]) -> Iterator[Any]:
     """Draw curves of ours side by side, two in a line."""
     from matplotlib import pyplot
@@ -155,6 +170,8 @@ def _panels(rows: list[Row], panels: tuple[tuple[str, str, str, str], ...]) -> I
         else:
             axes.set_ylim(0, 1.3 * max(values))
         _label(axes, across, up, title)
+    for axes in list(grid.flat)[len(found) :]:
+        axes.set_visible(False)
     yield figure
 
 

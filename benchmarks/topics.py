@@ -16,6 +16,7 @@ from . import (
     parts,
     pulls,
     registered,
+    registry,
     start_up,
 )
 from .limits import Limits
@@ -34,6 +35,7 @@ TOPICS: dict[str, Topic] = {
     "arguments": lambda machine, peers: arguments.measure(machine),
     "layers": lambda machine, peers: layers.measure(),
     "links": lambda machine, peers: links.measure(),
+    "registry": lambda machine, peers: registry.measure(),
     "start-up": lambda machine, peers: start_up.measure(),
     "parts": lambda machine, peers: parts.measure(),
     "curves": curves.measure,
