@@ -37,6 +37,7 @@ _REPORT_S = 30.0
 _LINK_TRY_S = 3.0
 _MOST_ORDERS = 64  # remembered, so that one that comes twice is done once
 _LISTEN_OPTION = "llm.listenIpInfo"
+_ANYWHERE = "192.0.2.1"  # of a network for documentation (RFC 5737): only the way to it is asked for
 _WILDCARDS = ("0.0.0.0", "*", "::")
 
 OnRole = Callable[[LLMRole], None]
@@ -113,11 +114,11 @@ class ClusterMember:
         self._on_role = on_role
         self._local_address = local_address
         self._gates = TransferGates()
-        self._connection = RegistryConnection(address, self._take_unasked)
-        self._watch = ClusterWatch(self._connection, lambda changes: self._follower.take(changes))
         self._links = None
         if datadist is not None:
             self._links = PeerLinks(datadist, self._gates, self._own_address(), len(devices))
+        self._connection = RegistryConnection(address, self._take_unasked)
+        self._watch = ClusterWatch(self._connection, lambda changes: self._follower.take(changes))
         self._follower = Follower(
             cluster_id, lambda: self.role, self._connection, self._watch, self._gates, self._links
         )
@@ -184,7 +185,7 @@ class ClusterMember:
         if self._links is not None:
             self._watch.start()
             if not self._follower.is_running:
-                self._follower.start(Wanted(link=False), None)
+                self._follower.start(Wanted(link=False), None, [])
         self._announcement.put(timeout_s, **changes)
 
     def withdraw(self, timeout_s: float = _WITHDRAW_S) -> None:
@@ -301,7 +302,8 @@ class ClusterMember:
         Parameters
         ----------
         on_change : callable, optional
-            Gets every `Change` of another member, in a thread of this object; linking waits while it runs.
+            Gets every `Change` of another member, in a thread of this object; linking waits while it runs. Members
+            that are known already come first, as having joined.
         link : bool
             Whether to link to peers by itself. Peers that have left are unlinked in any case.
         roles : collection of LLMRole, optional
@@ -310,8 +312,9 @@ class ClusterMember:
         labels : mapping of str to str, optional
             All of which a peer has that is linked to.
         """
+        wanted = Wanted(link and self._links is not None, roles, dict(labels or {}))
         self._watch.start()
-        self._follower.start(Wanted(link and self._links is not None, roles, dict(labels or {})), on_change)
+        self._watch.with_members(lambda members: self._follower.start(wanted, on_change, members))
 
     @contextlib.contextmanager
     def transfer(self, cluster_id: int, timeout_s: float = 30.0) -> Iterator[None]:
@@ -332,7 +335,7 @@ class ClusterMember:
             with member.transfer(1):
                 datadist.kv_cache_manager.pull_cache(CacheKey(1, req_id=7), cache)
         """
-        with self._gates.transfer(cluster_id, timeout_s):
+        with self._gates.transfer(cluster_id, timeout_s, self._links.states if self._links is not None else None):
             yield
 
     # ---- role
@@ -539,10 +542,16 @@ def _numeric(listen_ip_info: str) -> str:
 
 
 def _address_towards(registry: RegistryAddress) -> str:
-    """Tell with which IPv4 address this host reaches the registry; the loopback address if it does not."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((registry.host, registry.port))  # sends nothing
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+    """Tell with which IPv4 address this host reaches the registry.
+
+    If that has no IPv4 address, or none yet, it is the address towards other networks, else the loopback address.
+    """
+    for host in (registry.host, _ANYWHERE):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((host, registry.port))  # sends nothing
+            except OSError as error:
+                _log.info("no way to %s: %s", host, error)
+                continue
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"

@@ -61,6 +61,11 @@ class ClusterWatch:
         with self._changed:
             return self._view.members.get(cluster_id)
 
+    def with_members(self, function: Callable[[list[MemberInfo]], None]) -> None:
+        """Call a function with the members, between two calls of `on_changes`; it must not wait."""
+        with self._changed:
+            function(list(self._view.members.values()))
+
     def wait(self, enough: Callable[[dict[int, MemberInfo]], bool], deadline: float) -> bool:
         """Wait until the members are enough; False if the time is over or the watch was stopped before."""
         with self._changed:
@@ -100,5 +105,5 @@ class ClusterWatch:
         with self._changed:
             found = change(time.monotonic())
             self._changed.notify_all()
-        if found and not self._stopped:
-            self._on_changes(found)
+            if found and not self._stopped:
+                self._on_changes(found)

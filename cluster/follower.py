@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.cluster.cluster_watch import ClusterWatch
-from llm_datadist.cluster.member_info import DRAINING, Change, MemberInfo
+from llm_datadist.cluster.member_info import DRAINING, Change, ChangeKind, MemberInfo
 from llm_datadist.cluster.peer_links import BROKEN, LINKED, PeerLinks, is_good
 from llm_datadist.cluster.registry_connection import RegistryConnection
 from llm_datadist.cluster.registry_locks import ROLE_SWITCH
@@ -108,9 +108,11 @@ class Follower:
         """Whether `start` was called."""
         return self._thread is not None
 
-    def start(self, wanted: Wanted, on_change: OnChange | None) -> None:
-        """Begin to follow, or go on with other wishes."""
+    def start(self, wanted: Wanted, on_change: OnChange | None, members: Collection[MemberInfo]) -> None:
+        """Begin to follow, or go on with other wishes; `members` are told to the program first, as having joined."""
         self._wanted, self._on_change = wanted, on_change
+        self._changes.clear()
+        self._changes.extend(Change(ChangeKind.JOIN, member) for member in members if member.cluster_id != self._own_id)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="llm_datadist-follower", daemon=True)
             self._thread.start()
@@ -174,13 +176,13 @@ class Follower:
         while not self._stopping:
             self._kicked.clear()
             self._tell_the_program()
-            unfinished = True
+            unfinished = False
             try:
                 with self._passing:
                     unfinished = self._pass()
-            except Exception:
+            except Exception:  # such as that the instance was finalized
                 if not self._stopping:
-                    _log.exception("following the cluster failed, trying again")
+                    _log.exception("following the cluster failed, trying again in %s s", _IDLE_S)
             self._kicked.wait(_BUSY_S if unfinished else _IDLE_S)
 
     def _tell_the_program(self) -> None:

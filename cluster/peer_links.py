@@ -72,6 +72,7 @@ class PeerLinks:
                 _log.warning("cannot link to cluster %d at %r: %s", peer.cluster_id, peer.listen_ip_info, error)
                 results[peer.cluster_id] = LLMStatusCode.LLM_LINK_FAILED
         with self._calls:
+            self._drop_broken(clusters)
             for first in range(0, len(clusters), MOST_CLUSTERS_A_CALL):
                 batch = clusters[first : first + MOST_CLUSTERS_A_CALL]
                 left_ms = int(max(deadline - time.monotonic(), _LEAST_CALL_S) * 1000)
@@ -83,6 +84,13 @@ class PeerLinks:
                         self._clusters[cluster.remote_cluster_id] = cluster
             self.states()
         return results
+
+    def _drop_broken(self, clusters: Sequence[LLMClusterInfo]) -> None:
+        """Take down links that are broken: in KV mode they would count as links that exist."""
+        wanted = {cluster.remote_cluster_id for cluster in clusters}
+        for cluster_id, link in self.states().items():
+            if link.state == BROKEN and cluster_id in wanted:
+                self._datadist.unlink_clusters([self._linked_cluster(cluster_id)], int(_LEAST_CALL_S * 1000))
 
     def unlink(self, cluster_ids: Sequence[int], timeout_s: float) -> dict[int, LLMStatusCode]:
         """Try once to take down each link, without force; gives the results by cluster id."""

@@ -42,6 +42,11 @@ class RegistryRefused(LLMException):
             f"the registry refused ({refused.code}): {refused.reason}", status_code=LLMStatusCode.LLM_FAILED
         )
         self.code = refused.code
+        self._refused = refused
+
+    def __reduce__(self) -> tuple[type[RegistryRefused], tuple[Refused]]:
+        """Pickle it, so that one process can tell another."""
+        return type(self), (self._refused,)
 
 
 class RegistryStatus(NamedTuple):

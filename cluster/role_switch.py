@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from enum import Enum
 
 from llm_datadist.cluster.announcement import Announcement
@@ -38,6 +39,7 @@ _log = logging.getLogger("llm_datadist.cluster")
 
 _LOCK_MS = 5_000
 _POLL_S = 0.02
+_LOOK_S = 0.2  # while it waits for the lock, for whether the member closes
 _ANSWER_S = 2.0
 _PATIENCE = 0.5  # share of the time in which peers have to say that they have drained
 _RELINK_S = 5.0
@@ -60,8 +62,11 @@ OnPhase = Callable[[SwitchPhase], None]
 class SwitchLock:
     """The lock of the registry, kept by the thread of the connection until it is released."""
 
-    def __init__(self, connection: RegistryConnection, cluster_id: int, instance: bytes) -> None:
+    def __init__(
+        self, connection: RegistryConnection, cluster_id: int, instance: bytes, is_closing: threading.Event
+    ) -> None:
         self._connection = connection
+        self._is_closing = is_closing
         self._cluster_id = cluster_id
         self._instance = instance
         self._held = False
@@ -71,7 +76,8 @@ class SwitchLock:
         """Wait for the lock; LLMException with LLM_TIMEOUT if it is not free in time."""
         while True:
             left_s = deadline - time.monotonic()
-            reply = self._connection.ask(self._question(max(0, int(left_s * 1000))), max(left_s, 0.0) + _ANSWER_S)
+            question = self._question(max(0, int(left_s * 1000)))
+            reply = self._wait(self._connection.request(question, max(left_s, 0.0) + _ANSWER_S))
             if isinstance(reply, Locked):
                 self.token, self._held = reply.token, True
                 self._keep_later(reply.lease_ms)
@@ -83,6 +89,14 @@ class SwitchLock:
             if time.monotonic() >= deadline:
                 reason = "another member was switching its role all the time, try again"
                 raise LLMException(reason, status_code=LLMStatusCode.LLM_TIMEOUT)
+
+    def _wait(self, answer: Future[Message]) -> Message:
+        while not self._is_closing.is_set():
+            try:
+                return answer.result(_LOOK_S)
+            except FutureTimeoutError:
+                continue
+        raise _closed()
 
     def drained(self) -> set[int]:
         """Give the ids of the members that have drained.
@@ -163,7 +177,7 @@ class RoleSwitch:
         self._is_closing = is_closing
         said = announcement.said
         self._own_id = said.cluster_id
-        self._lock = SwitchLock(connection, said.cluster_id, said.instance)
+        self._lock = SwitchLock(connection, said.cluster_id, said.instance, is_closing)
 
     def run(self, timeout_s: float) -> None:
         """Switch; raises as ``ClusterMember.switch_role`` does."""
@@ -245,7 +259,7 @@ class RoleSwitch:
 
     def _give_up_if_closing(self) -> None:
         if self._is_closing.is_set():
-            raise LLMException("the member is closed", status_code=LLMStatusCode.LLM_ENGINE_FINALIZED)
+            raise _closed()
 
     def _announce(self, **changes: object) -> None:
         """Tell what is so in any case; a registry that is away is told when it is back."""
@@ -264,6 +278,10 @@ class RoleSwitch:
         while self._follower.is_running and self._follower.lacking() and time.monotonic() < deadline:
             if self._is_closing.wait(_POLL_S):
                 return
+
+
+def _closed() -> LLMException:
+    return LLMException("the member is closed", status_code=LLMStatusCode.LLM_ENGINE_FINALIZED)
 
 
 def _left(deadline: float) -> float:

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llm_datadist.status import LLMException, LLMStatusCode
 
@@ -26,9 +26,17 @@ class TransferGates:
         self._running: Counter[int] = Counter()
 
     @contextlib.contextmanager
-    def transfer(self, cluster_id: int, timeout_s: float) -> Iterator[None]:
-        """Pass the gate; see ``ClusterMember.transfer``."""
-        self._enter(cluster_id, time.monotonic() + timeout_s)
+    def transfer(self, cluster_id: int, timeout_s: float, look: Callable[[], object] | None = None) -> Iterator[None]:
+        """Pass the gate; see ``ClusterMember.transfer``. `look` calls `set_linked`: the other end may have linked."""
+        deadline = time.monotonic() + timeout_s
+        if not self._enter(cluster_id, deadline):
+            if look is not None:
+                look()
+            if not self._enter(cluster_id, deadline):
+                raise LLMException(
+                    f"cluster {cluster_id} is not linked, linked are {sorted(self.linked())}",
+                    status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+                )
         try:
             yield
         finally:
@@ -38,7 +46,8 @@ class TransferGates:
                     del self._running[cluster_id]
                 self._changed.notify_all()
 
-    def _enter(self, cluster_id: int, deadline: float) -> None:
+    def _enter(self, cluster_id: int, deadline: float) -> bool:
+        """Count a transfer, as soon as the gate is open; False if the peer is not linked."""
         with self._changed:
             while self._all_closed or cluster_id in self._closed:
                 left = deadline - time.monotonic()
@@ -49,11 +58,9 @@ class TransferGates:
                     )
                 self._changed.wait(left)
             if cluster_id not in self._linked:
-                raise LLMException(
-                    f"cluster {cluster_id} is not linked, linked are {sorted(self._linked)}",
-                    status_code=LLMStatusCode.LLM_NOT_YET_LINK,
-                )
+                return False
             self._running[cluster_id] += 1
+            return True
 
     def close(self, cluster_id: int) -> None:
         """Let no transfer with a peer begin."""

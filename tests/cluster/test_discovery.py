@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -155,6 +156,8 @@ def test_an_id_that_a_living_process_has_is_refused(announce: Announce, client: 
         with pytest.raises(RegistryRefused, match="belongs to another process") as caught:
             second.announce(timeout_s=0.5)
         assert (caught.value.code, caught.value.status_code) == ("taken", LLMStatusCode.LLM_FAILED)
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert (str(copy), copy.code) == (str(caught.value), "taken")
         (found,) = client.members()
         assert (found.labels, found.role) == ({"name": "first"}, PROMPT)
         first.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -197,3 +199,56 @@ def test_a_peer_that_cannot_be_linked(start: Start, announce: Callable[..., Clus
 def link_for(state: cp.State, timeout_s: float) -> None:
     member = state["member"]
     member.link(member.wait_for(role=PROMPT, count=4, timeout_s=5), timeout_s)
+
+
+def test_who_follows_late_is_told_of_those_that_are_there(start: Start, registry: RegistryProcess) -> None:
+    start(PROMPT, 1)
+    with ClusterMember(None, registry.address) as driver:
+        driver.wait_for(count=1, timeout_s=5)
+        seen = []
+        driver.follow(lambda change: seen.append((change.kind.name, change.member.cluster_id)))
+        wait_until(lambda: seen == [("JOIN", 1)])
+        start(PROMPT, 2)
+        wait_until(lambda: seen == [("JOIN", 1), ("JOIN", 2)])
+
+
+def test_a_broken_link_is_no_obstacle(start: Start, free_port: FreePort) -> None:
+    port = free_port()
+    decoder, prompt = start(DECODER, 11, link=False, follow=False), start(PROMPT, 1, port)
+    decoder.call(cp.link, PROMPT, 1)
+    prompt.kill()
+    start(PROMPT, 1, port, name="again")
+    decoder.call(cp.link, PROMPT, 1)
+    wait_for_links(decoder, 1)
+
+
+def test_the_instance_is_finalized_before_the_member_is_closed(start: Start) -> None:
+    decoder, prompt = start(DECODER, 11), start(PROMPT, 1)
+    wait_for_links(decoder, 1)
+    decoder.call(finalize_first)
+    wait_for_links(prompt)
+
+
+def finalize_first(state: cp.State) -> None:
+    state["datadist"].finalize()
+    state["member"].close()
+
+
+PROGRAM = """
+import sys
+from llm_datadist import LLMRole
+from llm_datadist.cluster import ClusterMember, RegistryClient
+member = ClusterMember(None, sys.argv[1], 1, role=LLMRole.PROMPT, lease_s=0.5)
+member.announce()
+member.follow(print)
+client = RegistryClient(sys.argv[1])
+print([one.cluster_id for one in client.members()])
+"""
+
+
+def test_a_program_that_closes_nothing_ends(registry: RegistryProcess, client: RegistryClient) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, registry.address], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1]\n", "")
+    wait_until(lambda: client.members() == [], what="its lease ends")

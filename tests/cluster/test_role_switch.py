@@ -165,6 +165,24 @@ def test_switches_at_the_same_time_follow_each_other(start: Start, free_port: Fr
     wait_for_links(late, 1, 11, 12, 13)
 
 
+def test_one_that_waits_for_its_turn_closes(start: Start, free_port: FreePort) -> None:
+    first, second, third = (start(DECODER, number) for number in (11, 12, 13))
+    switching = first.start(cp.switch, PROMPT, free_port(), stop_in="switching")
+    wait_until(lambda: first.call(cp.phases) == PHASES[:4])
+    waiting = second.start(cp.switch, PROMPT, free_port())
+    wait_until(lambda: second.call(cp.phases) == ["waiting"])
+    behind = third.start(cp.switch, PROMPT, free_port())
+    wait_until(lambda: third.call(cp.phases) == ["waiting"])
+    started = time.monotonic()
+    second.call(cp.close_member)
+    with pytest.raises(LLMException, match="the member is closed"):
+        waiting.result()
+    assert time.monotonic() - started < 3
+    first.call(cp.go_on)
+    assert switching.result() == PHASES
+    assert behind.result() == PHASES, "the one that closed does not stand in the way"
+
+
 def switch_once_more(state: cp.State, role: LLMRole) -> None:
     state["member"].switch_role(role)
 
