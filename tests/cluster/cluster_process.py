@@ -7,7 +7,18 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from llm_datadist import CacheDesc, CacheKey, DataType, LLMConfig, LLMDataDist, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import (
+    CacheDesc,
+    CacheKey,
+    DataType,
+    LayerSynchronizer,
+    LLMConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    TransferConfig,
+)
 from llm_datadist.cluster import Change, ClusterMember, MemberInfo, SwitchPhase
 from llm_datadist.introspection import describe_links
 from llm_datadist.views import tensor_view
@@ -187,6 +198,47 @@ def pull_on_and_on(state: State, cluster_ids: list[int], nbytes: int, threads: i
         sum(tally.wrong for tally in tallies),
         sum(tally.not_linked for tally in tallies),
     )
+
+
+class Computed(LayerSynchronizer):
+    """Every layer has been computed."""
+
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return True
+
+
+def receive_pushes(state: State, nbytes: int) -> list[int]:
+    """Make room for pushes; gives the addresses of its tensors."""
+    cache = state["datadist"].kv_cache_manager.allocate_cache(CacheDesc(2, (1, nbytes), DataType.DT_UINT8))
+    state.setdefault("kept", []).append(cache)
+    addresses: list[int] = cache.per_device_tensor_addrs[0]
+    return addresses
+
+
+def push_on_and_on(state: State, cluster_id: int, addresses: list[int], nbytes: int) -> Tally:
+    """Push to a cluster until `stop_pulling`, each transfer inside of `ClusterMember.transfer`."""
+    state["stop"] = stop = threading.Event()
+    state["pulled"] = state["not_linked"] = 0
+    manager, member = state["datadist"].kv_cache_manager, state["member"]
+    cache = manager.allocate_cache(CacheDesc(2, (1, nbytes), DataType.DT_UINT8))
+    failures: list[str] = []
+    while not stop.is_set():
+        started = False
+        try:
+            with member.transfer(cluster_id, timeout_s=10):
+                started = True
+                config = TransferConfig(cluster_id, addresses, src_batch_index=0)
+                code = manager.transfer_cache_async(cache, Computed(), [config]).synchronize(10_000)
+        except LLMException as error:
+            if started or error.status_code is not LLMStatusCode.LLM_NOT_YET_LINK:
+                failures.append(f"{cluster_id}: {error}")
+            state["not_linked"] += 1
+            stop.wait(0.001)
+            continue
+        if code is not LLMStatusCode.LLM_SUCCESS:
+            failures.append(f"{cluster_id}: {code}")
+        state["pulled"] += 1
+    return Tally(state["pulled"], {cluster_id: state["pulled"]}, failures, 0, state["not_linked"])
 
 
 def pulled(state: State) -> int:

@@ -82,6 +82,25 @@ def test_the_one_who_switches_pulls_itself(start: Start, free_port: FreePort) ->
     assert (tally.failures, tally.wrong) == ([], 0)
 
 
+def test_no_push_fails_while_the_decoder_switches(start: Start, free_port: FreePort) -> None:
+    prompt, decoder = start(PROMPT, 1), start(DECODER, 11)
+    wait_for_links(prompt, 11)
+    addresses = decoder.call(cp.receive_pushes, LONG)
+    pushing = prompt.start(cp.push_on_and_on, 11, addresses, LONG)
+    for _ in range(2):
+        before = prompt.call(cp.pulled)
+        wait_until(lambda before=before: prompt.call(cp.pulled) > before + 2, 30)  # type: ignore[misc]
+        refused = prompt.call(cp.not_linked)
+        decoder.call(cp.switch, PROMPT, free_port())
+        wait_until(lambda refused=refused: prompt.call(cp.not_linked) > refused)  # type: ignore[misc]
+        decoder.call(cp.switch, DECODER)
+    wait_for_links(prompt, 11)
+    prompt.call(cp.stop_pulling)
+    tally = pushing.result()
+    assert tally.failures == []
+    assert tally.pulls > 4
+
+
 def test_a_transfer_that_does_not_end_gives_the_switch_up(start: Start) -> None:
     prompt, decoder = start(PROMPT, 1), start(DECODER, 11)
     wait_for_links(decoder, 1)
