@@ -34,6 +34,7 @@ DEFAULT_LEASE_S = 10.0
 _WITHDRAW_S = 1.0
 _JOIN_S = 10.0
 _REPORT_S = 30.0
+_MOST_ORDER_S = 3600.0
 _LINK_TRY_S = 3.0
 _MOST_ORDERS = 64  # remembered, so that one that comes twice is done once
 _LISTEN_OPTION = "llm.listenIpInfo"
@@ -172,21 +173,31 @@ class ClusterMember:
         Raises
         ------
         ValueError
-            The process has no cluster id or no role.
+            The process has no cluster id or no role, or is a PROMPT without an address.
         LLMException
             LLM_TIMEOUT: no answer in time; it will be announced when the registry is there. LLM_FAILED: the registry
-            refused, or the id belongs to another process.
+            refused, or the id belongs to another process. LLM_PROCESSING_LINK: a role switch did not end in time.
         """
         if self._cluster_id is None or self.role is None:
             raise ValueError("a process without cluster id and role cannot announce itself, give it both")
-        changes: dict[str, object] = {"state": state, **self._place()}
+        if self._links is not None and self.role is LLMRole.PROMPT and not self._listen_ip_info:
+            raise ValueError("a PROMPT cannot be linked to without its address, give it listen_ip_info")
+        changes: dict[str, object] = {"state": state}
         if labels is not None:
             changes["labels"] = dict(labels)
         if self._links is not None:
             self._watch.start()
             if not self._follower.is_running:
                 self._follower.start(Wanted(link=False), None, [])
-        self._announcement.put(timeout_s, **changes)
+        deadline = time.monotonic() + timeout_s
+        # While the role changes the state is the switch's; the place may be another one afterwards.
+        if not self._switching.acquire(timeout=max(0.0, timeout_s)):
+            reason = "announce: a role switch is under way"
+            raise LLMException(reason, status_code=LLMStatusCode.LLM_PROCESSING_LINK)
+        try:
+            self._announcement.put(max(0.0, deadline - time.monotonic()), **{**changes, **self._place()})
+        finally:
+            self._switching.release()
 
     def withdraw(self, timeout_s: float = _WITHDRAW_S) -> None:
         """Leave the registry; links stay."""
@@ -394,7 +405,10 @@ class ClusterMember:
         finally:
             self._switching.release()
         if self._on_role is not None:
-            self._on_role(role)
+            try:
+                self._on_role(role)
+            except Exception:  # the role has changed all the same
+                _log.exception("the callback of the program failed on %s", role)
 
     def _change_role(self, role: LLMRole, listen_ip_info: str | None) -> dict[str, object]:
         assert self._datadist is not None
@@ -412,6 +426,8 @@ class ClusterMember:
             threads = list(self._order_threads)
         for thread in threads:
             thread.join(_JOIN_S)
+        if self._switching.acquire(timeout=_JOIN_S):  # a switch sees that it is to give up
+            self._switching.release()
         self._follower.stop()
         self._watch.stop()
         self._announcement.withdraw(_WITHDRAW_S)
@@ -451,7 +467,7 @@ class ClusterMember:
             role = LLMRole(order.role)
             if role is self.role:
                 return LLMStatusCode.LLM_SUCCESS, f"its role is {role} already"
-            self.switch_role(role, order.listen_ip_info or None, order.timeout_ms / 1000)
+            self.switch_role(role, order.listen_ip_info or None, min(order.timeout_ms / 1000, _MOST_ORDER_S))
         except LLMException as error:
             return error.status_code, str(error)
         except Exception as error:

@@ -23,7 +23,7 @@ from llm_datadist.cluster.member_info import DRAINING, Change, ChangeKind, Membe
 from llm_datadist.cluster.peer_links import BROKEN, LINKED, PeerLinks, is_good
 from llm_datadist.cluster.registry_connection import RegistryConnection
 from llm_datadist.cluster.registry_locks import ROLE_SWITCH
-from llm_datadist.cluster.registry_messages import Drained, Message
+from llm_datadist.cluster.registry_messages import Drained, Message, Refused
 from llm_datadist.cluster.transfer_gates import TransferGates
 from llm_datadist.roles import LLMRole
 
@@ -237,7 +237,7 @@ class Follower:
         answer.add_done_callback(lambda done: self._heard(done, peer))
 
     def _heard(self, done: Future[Message], peer: MemberInfo) -> None:
-        if done.exception() is not None:
+        if done.exception() is not None or isinstance(done.result(), Refused):
             _log.warning("cluster %d could not be told that this member has drained", peer.cluster_id)
             self._told.pop(peer.cluster_id, None)  # tell it again, if it still drains
 
@@ -300,6 +300,7 @@ class Follower:
         members = self._watch.members()
         for cluster_id in [cluster_id for cluster_id in self._failures if cluster_id not in members]:
             del self._failures[cluster_id]
+        self._link_again &= members.keys()
         return [
             peer
             for peer in members.values()

@@ -63,6 +63,7 @@ _HEARTBEAT_MS = 5_000  # of ZeroMQ, by which connections to hosts that vanished 
 _HANDSHAKE_MS = 10_000  # for who connects and says nothing
 _LEAST_WAIT_MS = 50  # for a lock: it is granted in the round that follows
 _RETURN_S = 5.0  # after a start, in which members of a former life announce themselves again
+_MOST_WAIT_MS = 60_000
 _QUEUED_REPLIES = 64  # to a client that does not read; further ones are dropped, and it asks again
 
 
@@ -179,7 +180,7 @@ class Registry:
         due = [moment for moment in times if moment is not None]
         if not due:
             return None
-        return max(0, int((min(due) - time.monotonic()) * 1000) + 1)
+        return max(0, min(int((min(due) - time.monotonic()) * 1000) + 1, _MOST_WAIT_MS))
 
     def _receive(self) -> None:
         for _ in range(_MESSAGES_A_ROUND):

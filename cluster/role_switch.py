@@ -70,6 +70,7 @@ class SwitchLock:
         self._cluster_id = cluster_id
         self._instance = instance
         self._held = False
+        self._drained: set[int] = set()  # also what a registry heard that was started again since then
         self.token = 0
 
     def take(self, deadline: float) -> None:
@@ -111,7 +112,8 @@ class SwitchLock:
             self._held = False
             reason = f"the lock with token {self.token} was lost: this process was held up for longer than its lease"
             raise LLMException(reason, status_code=LLMStatusCode.LLM_FAILED)
-        return set(reply.drained)
+        self._drained.update(reply.drained)
+        return self._drained
 
     def release(self) -> None:
         """Let the next one switch."""

@@ -252,3 +252,20 @@ def test_a_program_that_closes_nothing_ends(registry: RegistryProcess, client: R
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[1]\n", "")
     wait_until(lambda: client.members() == [], what="its lease ends")
+
+
+def test_a_prompt_without_an_address(start: Start) -> None:
+    prompt = start(PROMPT, 1)
+    with pytest.raises(ValueError, match="give it listen_ip_info"):
+        prompt.call(announce_without_an_address)
+    with pytest.raises(ValueError, match="that of the datadist is 1"):
+        prompt.call(make_with_another_id)
+
+
+def announce_without_an_address(state: cp.State) -> None:
+    with ClusterMember(state["datadist"], "tcp://127.0.0.1:5510") as member:
+        member.announce()
+
+
+def make_with_another_id(state: cp.State) -> None:
+    ClusterMember(state["datadist"], "tcp://127.0.0.1:5510", 2)

@@ -280,6 +280,37 @@ def test_the_registry_dies_in_the_middle(start: Start, registry: RegistryProcess
     wait_for_links(prompt, 11)
 
 
+def test_the_registry_dies_while_a_decoder_drains(start: Start, registry: RegistryProcess) -> None:
+    prompts, decoder = [start(PROMPT, number) for number in (1, 2)], start(DECODER, 11)
+    wait_for_links(decoder, 1, 2)
+    prompts[0].call(hold_briefly, 11)
+    switching = decoder.start(cp.switch, LLMRole.MIX)
+    wait_until(lambda: "draining" in decoder.call(cp.phases))
+    wait_until(lambda: ("UPDATE", 11, "DECODER", "draining") in prompts[1].call(cp.changes))
+    registry.kill()
+    registry.start()
+    prompts[0].call(let_go)
+    started = time.monotonic()
+    assert switching.result() == PHASES
+    assert time.monotonic() - started < 6, "who has drained is not waited for in vain"
+
+
+def test_announce_waits_for_a_switch(start: Start, client: RegistryClient) -> None:
+    prompt, decoder = start(PROMPT, 1), start(DECODER, 11)
+    wait_for_links(decoder, 1)
+    switching = prompt.start(cp.switch, DECODER, stop_in="unlinking")
+    wait_until(lambda: "unlinking" in prompt.call(cp.phases))
+    announcing = prompt.start(cp.announce, "busy")
+    assert [one.state for one in client.members(role=PROMPT)] == ["draining"]
+    prompt.call(cp.go_on)
+    assert switching.result() == PHASES
+    announcing.result()
+    assert {one.cluster_id: (one.role, one.state) for one in client.members()} == {
+        1: (DECODER, "busy"),
+        11: (DECODER, "ready"),
+    }
+
+
 def test_one_that_is_held_up_for_too_long_gives_up(start: Start) -> None:
     slow, other, decoder = start(PROMPT, 1), start(PROMPT, 2), start(DECODER, 11)
     wait_for_links(decoder, 1, 2)
