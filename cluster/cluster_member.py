@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -10,7 +9,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 
 from llm_datadist.cluster.announcement import Announcement
@@ -22,7 +21,7 @@ from llm_datadist.cluster.registry_address import RegistryAddress, parse_registr
 from llm_datadist.cluster.registry_connection import RegistryConnection
 from llm_datadist.cluster.registry_messages import INSTANCE_BYTES, Announce, Message, OrderDone, Switch
 from llm_datadist.cluster.role_switch import OnPhase, RoleSwitch
-from llm_datadist.cluster.transfer_gates import TransferGates
+from llm_datadist.cluster.transfer_gates import Transfer, TransferGates
 from llm_datadist.datadist import LLMDataDist
 from llm_datadist.introspection import current_role
 from llm_datadist.roles import LLMRole
@@ -327,12 +326,19 @@ class ClusterMember:
         self._watch.start()
         self._watch.with_members(lambda members: self._follower.start(wanted, on_change, members))
 
-    @contextlib.contextmanager
-    def transfer(self, cluster_id: int, timeout_s: float = 30.0) -> Iterator[None]:
+    def transfer(self, cluster_id: int, timeout_s: float = 30.0) -> Transfer:
         """Hold the link to a peer while transfers with it run: a role switch of either end waits for them.
 
-        While the peer or this process drains, this waits. A pull outside of it is never cut off either, but it may
-        come when the link has just been taken down.
+        To be used in a ``with`` statement, not inside of another one for the same peer. While the peer or this process
+        drains, it waits. A pull outside of it is never cut off either, but it may come when the link has just been
+        taken down.
+
+        Parameters
+        ----------
+        cluster_id : int
+            The peer.
+        timeout_s : float
+            Seconds to wait while something drains.
 
         Raises
         ------
@@ -346,8 +352,7 @@ class ClusterMember:
             with member.transfer(1):
                 datadist.kv_cache_manager.pull_cache(CacheKey(1, req_id=7), cache)
         """
-        with self._gates.transfer(cluster_id, timeout_s, self._links.states if self._links is not None else None):
-            yield
+        return Transfer(self._gates, cluster_id, timeout_s, self._links.states if self._links is not None else None)
 
     # ---- role
 

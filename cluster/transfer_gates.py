@@ -6,11 +6,10 @@ waited for. Nothing here touches links.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 
 from llm_datadist.status import LLMException, LLMStatusCode
 
@@ -23,43 +22,46 @@ class TransferGates:
         self._closed: set[int] = set()
         self._all_closed = False
         self._linked: set[int] = set()
-        self._running: Counter[int] = Counter()
+        self._running: dict[int, int] = {}  # transfers, by peer; none is not there
 
-    @contextlib.contextmanager
-    def transfer(self, cluster_id: int, timeout_s: float, look: Callable[[], object] | None = None) -> Iterator[None]:
-        """Pass the gate; see ``ClusterMember.transfer``. `look` calls `set_linked`: the other end may have linked."""
-        deadline = time.monotonic() + timeout_s
-        if not self._enter(cluster_id, deadline):
-            if look is not None:
-                look()
-            if not self._enter(cluster_id, deadline):
-                raise LLMException(
-                    f"cluster {cluster_id} is not linked, linked are {sorted(self.linked())}",
-                    status_code=LLMStatusCode.LLM_NOT_YET_LINK,
-                )
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running[cluster_id] -= 1
-                if self._running[cluster_id] == 0:
-                    del self._running[cluster_id]
+    def enter(self, cluster_id: int, timeout_s: float, look: Callable[[], object] | None) -> None:
+        """Count a transfer, as soon as the gate is open; raises as ``ClusterMember.transfer``.
+
+        `look` has `set_linked` called; it is used for a peer that is not linked, since the other end may have linked.
+        """
+        if self._try(cluster_id, timeout_s):
+            return
+        if look is not None:
+            look()
+        if not self._try(cluster_id, timeout_s):
+            raise LLMException(
+                f"cluster {cluster_id} is not linked, linked are {sorted(self.linked())}",
+                status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+            )
+
+    def leave(self, cluster_id: int) -> None:
+        """Count a transfer as ended."""
+        with self._changed:
+            left = self._running[cluster_id] - 1
+            if left:
+                self._running[cluster_id] = left
+            else:
+                del self._running[cluster_id]
                 self._changed.notify_all()
 
-    def _enter(self, cluster_id: int, deadline: float) -> bool:
+    def _try(self, cluster_id: int, timeout_s: float) -> bool:
         """Count a transfer, as soon as the gate is open; False if the peer is not linked."""
         with self._changed:
-            while self._all_closed or cluster_id in self._closed:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise LLMException(
-                        f"cluster {cluster_id} drains or this process does, and did not end that in time",
-                        status_code=LLMStatusCode.LLM_TIMEOUT,
-                    )
-                self._changed.wait(left)
+            if (self._all_closed or cluster_id in self._closed) and not self._changed.wait_for(
+                lambda: not self._all_closed and cluster_id not in self._closed, timeout_s
+            ):
+                raise LLMException(
+                    f"cluster {cluster_id} drains or this process does, and did not end that in {timeout_s} s",
+                    status_code=LLMStatusCode.LLM_TIMEOUT,
+                )
             if cluster_id not in self._linked:
                 return False
-            self._running[cluster_id] += 1
+            self._running[cluster_id] = self._running.get(cluster_id, 0) + 1
             return True
 
     def close(self, cluster_id: int) -> None:
@@ -103,9 +105,34 @@ class TransferGates:
     def is_idle(self, cluster_id: int) -> bool:
         """Whether no transfer with a peer is under way."""
         with self._changed:
-            return self._running[cluster_id] == 0
+            return cluster_id not in self._running
 
     def wait_idle(self, deadline: float) -> bool:
         """Wait until no transfer at all is under way; False if the time is over before."""
         with self._changed:
-            return self._changed.wait_for(lambda: not +self._running, max(0.0, deadline - time.monotonic()))
+            return self._changed.wait_for(lambda: not self._running, max(0.0, deadline - time.monotonic()))
+
+
+class Transfer:
+    """Transfers with one peer, for the length of a ``with`` block.
+
+    It is entered before every pull, so it has no generator.
+    """
+
+    __slots__ = ("_cluster_id", "_gates", "_look", "_timeout_s")
+
+    def __init__(
+        self, gates: TransferGates, cluster_id: int, timeout_s: float, look: Callable[[], object] | None
+    ) -> None:
+        self._gates = gates
+        self._cluster_id = cluster_id
+        self._timeout_s = timeout_s
+        self._look = look
+
+    def __enter__(self) -> None:
+        self._gates.enter(self._cluster_id, self._timeout_s, self._look)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._gates.leave(self._cluster_id)

@@ -16,8 +16,8 @@ Announce = Callable[..., ClusterMember]
 
 
 @pytest.fixture
-def registry() -> Iterator[RegistryProcess]:
-    process = RegistryProcess()
+def registry(request: pytest.FixtureRequest) -> Iterator[RegistryProcess]:
+    process = RegistryProcess(*getattr(request, "param", ()))
     try:
         process.start()
         yield process

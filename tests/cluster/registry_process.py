@@ -13,7 +13,7 @@ from typing import Any
 COMMAND = [sys.executable, "-m", "llm_datadist.tools.cli", "registry"]
 START_S = 20.0
 END_S = 10.0
-LOCK_LEASE_S = 0.5  # so that no test waits long for the grace after a start
+LOCK_LEASE_S = 2.0  # so that no test waits long for the grace after a start
 
 
 class RegistryProcess:

@@ -265,6 +265,11 @@ def test_a_peer_is_stopped_while_another_drains(start: Start) -> None:
         decoder.cont()
 
 
+# Members have as long as the lease of the lock to come back.
+with_patience = pytest.mark.parametrize("registry", [("--lock-lease", "8")], indirect=True, ids=["patient"])
+
+
+@with_patience
 def test_the_registry_dies_in_the_middle(start: Start, registry: RegistryProcess) -> None:
     prompt, decoder = start(PROMPT, 1), start(DECODER, 11)
     wait_for_links(decoder, 1)
@@ -280,11 +285,12 @@ def test_the_registry_dies_in_the_middle(start: Start, registry: RegistryProcess
     wait_for_links(prompt, 11)
 
 
+@with_patience
 def test_the_registry_dies_while_a_decoder_drains(start: Start, registry: RegistryProcess) -> None:
     prompts, decoder = [start(PROMPT, number) for number in (1, 2)], start(DECODER, 11)
     wait_for_links(decoder, 1, 2)
     prompts[0].call(hold_briefly, 11)
-    switching = decoder.start(cp.switch, LLMRole.MIX)
+    switching = decoder.start(cp.switch, LLMRole.MIX, timeout_s=100.0)
     wait_until(lambda: "draining" in decoder.call(cp.phases))
     wait_until(lambda: ("UPDATE", 11, "DECODER", "draining") in prompts[1].call(cp.changes))
     registry.kill()
@@ -292,7 +298,7 @@ def test_the_registry_dies_while_a_decoder_drains(start: Start, registry: Regist
     prompts[0].call(let_go)
     started = time.monotonic()
     assert switching.result() == PHASES
-    assert time.monotonic() - started < 6, "who has drained is not waited for in vain"
+    assert time.monotonic() - started < 20, "who has drained is not waited for in vain"
 
 
 def test_announce_waits_for_a_switch(start: Start, client: RegistryClient) -> None:
@@ -368,6 +374,7 @@ def test_an_order_for_one_that_dies(start: Start, client: RegistryClient) -> Non
     prompt.kill()
 
 
+@with_patience
 def test_the_registry_dies_under_an_order(start: Start, registry: RegistryProcess, client: RegistryClient) -> None:
     member: Member = start(PROMPT, 1)
     decoder = start(DECODER, 11)
