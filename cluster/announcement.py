@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -63,10 +64,11 @@ class Announcement:
         with self._lock:
             return self._is_out
 
-    def put(self, timeout_s: float, **changes: object) -> None:
+    def put(self, changes: Mapping[str, object], timeout_s: float, keep: bool = False) -> None:
         """Say something else and wait until the registry knows it; it is said again by itself from now on.
 
-        While another process has the cluster id, it is tried again.
+        While another process has the cluster id, it is tried again. With `keep` a refusal changes nothing about what is
+        to be said: it is a fact.
 
         Raises
         ------
@@ -93,9 +95,10 @@ class Announcement:
             if not isinstance(reply, Refused):
                 raise LLMException(f"unexpected answer: {reply!r:.200}", status_code=LLMStatusCode.LLM_FAILED)
             if reply.code != REFUSED_TAKEN or time.monotonic() + _TRY_AGAIN_S >= deadline:
-                with self._lock:  # take it back; the version still grows
-                    self._said = replace(before, version=self._said.version)
-                    self._is_out = was_out
+                if not keep:  # take it back; the version still grows
+                    with self._lock:
+                        self._said = replace(before, version=self._said.version)
+                        self._is_out = was_out
                 raise RegistryRefused(reply)
             threading.Event().wait(_TRY_AGAIN_S)
 

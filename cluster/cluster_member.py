@@ -194,7 +194,7 @@ class ClusterMember:
             reason = "announce: a role switch is under way"
             raise LLMException(reason, status_code=LLMStatusCode.LLM_PROCESSING_LINK)
         try:
-            self._announcement.put(max(0.0, deadline - time.monotonic()), **{**changes, **self._place()})
+            self._announcement.put({**changes, **self._place()}, max(0.0, deadline - time.monotonic()))
         finally:
             self._switching.release()
 

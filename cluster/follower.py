@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.cluster.cluster_watch import ClusterWatch
@@ -23,7 +22,7 @@ from llm_datadist.cluster.member_info import DRAINING, Change, ChangeKind, Membe
 from llm_datadist.cluster.peer_links import BROKEN, LINKED, PeerLinks, is_good
 from llm_datadist.cluster.registry_connection import RegistryConnection
 from llm_datadist.cluster.registry_locks import ROLE_SWITCH
-from llm_datadist.cluster.registry_messages import Drained, Message, Refused
+from llm_datadist.cluster.registry_messages import Drained
 from llm_datadist.cluster.transfer_gates import TransferGates
 from llm_datadist.roles import LLMRole
 
@@ -36,7 +35,6 @@ _IDLE_S = 1.0  # between two looks for links that broke, of which nobody tells
 _BUSY_S = 0.02  # between two passes while something is unfinished
 _LINK_S = 3.0
 _UNLINK_S = 1.0
-_DRAINED_S = 10.0  # for the word that this member has drained; the registry may be away
 _LEAST_BACKOFF_S = 0.1
 _MOST_BACKOFF_S = 2.0
 _JOIN_S = 15.0  # a link call and what a callback takes
@@ -100,8 +98,10 @@ class Follower:
         # Of the thread alone, or of whoever holds the lock above:
         self._known: dict[int, bytes] = {}  # instance of each member that was linked
         self._link_again: set[int] = set()  # members that were linked before they drained
-        self._told: dict[int, int] = {}  # token of the switch for which this member has drained
         self._failures: dict[int, tuple[int, float]] = {}  # tries to link that failed, and when to try again
+        self._told: dict[
+            int, tuple[int, float]
+        ] = {}  # token for which this member has drained, and when to say it again
 
     @property
     def is_running(self) -> bool:
@@ -186,8 +186,11 @@ class Follower:
             self._kicked.wait(_BUSY_S if unfinished else _IDLE_S)
 
     def _tell_the_program(self) -> None:
-        while self._changes and not self._stopping:
-            change = self._changes.popleft()
+        while not self._stopping:
+            try:
+                change = self._changes.popleft()
+            except IndexError:
+                return
             if self._on_change is not None:
                 try:
                     self._on_change(change)
@@ -210,7 +213,10 @@ class Follower:
         states = links.states()
         for peer in self._watch.members().values():
             cluster_id = peer.cluster_id
-            if peer.state != DRAINING or cluster_id == self._own_id or self._told.get(cluster_id) == peer.switch_token:
+            if peer.state != DRAINING or cluster_id == self._own_id:
+                continue
+            told, again = self._told.get(cluster_id, (0, 0.0))
+            if told == peer.switch_token and time.monotonic() < again:
                 continue
             self._gates.close(cluster_id)
             link = states.get(cluster_id)
@@ -230,16 +236,10 @@ class Follower:
         return link.cluster_id not in links.states()
 
     def _tell_drained(self, peer: MemberInfo) -> None:
-        self._told[peer.cluster_id] = peer.switch_token
-        if self._own_id is None or peer.switch_token == 0:
-            return
-        answer = self._connection.request(Drained(ROLE_SWITCH, peer.switch_token, self._own_id), _DRAINED_S)
-        answer.add_done_callback(lambda done: self._heard(done, peer))
-
-    def _heard(self, done: Future[Message], peer: MemberInfo) -> None:
-        if done.exception() is not None or isinstance(done.result(), Refused):
-            _log.warning("cluster %d could not be told that this member has drained", peer.cluster_id)
-            self._told.pop(peer.cluster_id, None)  # tell it again, if it still drains
+        """Say that this member has drained; again from time to time, since a registry that is started again forgets."""
+        self._told[peer.cluster_id] = peer.switch_token, time.monotonic() + _IDLE_S
+        if self._own_id is not None and peer.switch_token != 0:
+            self._connection.request(Drained(ROLE_SWITCH, peer.switch_token, self._own_id), _IDLE_S)
 
     def _take_down(self, links: PeerLinks) -> bool:
         unfinished = False
@@ -322,17 +322,16 @@ class Follower:
 
     def _open_gates(self, states: Mapping[int, LinkDescription]) -> None:
         """Open the gates of peers that do not drain any more: their links are as they should be now."""
-        members = self._watch.members()
-        for cluster_id in self._gates.closed():
-            peer = members.get(cluster_id)
-            if peer is not None and peer.state == DRAINING:
-                continue
-            if (
-                peer is None
-                and cluster_id in states
-                and states[cluster_id].state == LINKED
-                and self._known.get(cluster_id)
-            ):
-                continue  # it is still to be taken down
-            self._told.pop(cluster_id, None)
-            self._gates.open(cluster_id)
+
+        def open_gates(members: list[MemberInfo]) -> None:
+            draining = {member.cluster_id for member in members if member.state == DRAINING}
+            leaving = {
+                cluster_id
+                for cluster_id in self._known.keys() - {member.cluster_id for member in members}
+                if cluster_id in states and states[cluster_id].state == LINKED
+            }  # still to be taken down
+            for cluster_id in self._gates.closed() - draining - leaving:
+                self._told.pop(cluster_id, None)
+                self._gates.open(cluster_id)
+
+        self._watch.with_members(open_gates)  # so that none is closed in between

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from enum import Enum
@@ -39,7 +39,7 @@ _log = logging.getLogger("llm_datadist.cluster")
 
 _LOCK_MS = 5_000
 _POLL_S = 0.02
-_LOOK_S = 0.2  # while it waits for the lock, for whether the member closes
+_LOOK_S = 0.2  # between two looks whether the member closes
 _ANSWER_S = 2.0
 _PATIENCE = 0.5  # share of the time in which peers have to say that they have drained
 _RELINK_S = 5.0
@@ -99,15 +99,17 @@ class SwitchLock:
                 continue
         raise _closed()
 
-    def drained(self) -> set[int]:
-        """Give the ids of the members that have drained.
+    def drained(self, deadline: float) -> set[int]:
+        """Give the ids of the members that have drained; the registry may be away until a deadline.
 
         Raises
         ------
         LLMException
             LLM_FAILED: the lock is lost. LLM_TIMEOUT: no answer.
         """
-        reply = self._connection.ask(self._question(0), _ANSWER_S) if self._held else None
+        reply = None
+        if self._held:
+            reply = self._wait(self._connection.request(self._question(0), max(_ANSWER_S, _left(deadline))))
         if not isinstance(reply, Locked):
             self._held = False
             reason = f"the lock with token {self.token} was lost: this process was held up for longer than its lease"
@@ -192,7 +194,7 @@ class RoleSwitch:
             self._lock.release()
 
     def _run_locked(self, deadline: float) -> None:
-        state = self._announcement.said.state
+        before: dict[str, object] = {"state": self._announcement.said.state, "switch_token": 0}
         self._announcement.see_token(self._lock.token)
         self._gates.close_all()
         self._follower.pause()
@@ -200,20 +202,20 @@ class RoleSwitch:
         try:
             linked = set(self._links.states())
             self._enter(SwitchPhase.DRAINING)
-            self._announcement.put(_left(deadline), state=DRAINING, switch_token=self._lock.token)
+            self._announcement.put({"state": DRAINING, "switch_token": self._lock.token}, _left(deadline))
             self._drain(deadline)
             self._enter(SwitchPhase.UNLINKING)
             self._unlink(deadline)
             self._enter(SwitchPhase.SWITCHING)
-            self._lock.drained()  # raises if somebody else may be switching by now
+            self._lock.drained(deadline)  # raises if somebody else may be switching by now
             changes = self._change()
         except BaseException:
             self._go_on(linked)
-            self._announce(state=state, switch_token=0)
+            self._announce(before)
             raise
         try:
             self._enter(SwitchPhase.ANNOUNCING)
-            self._announce(state=state, switch_token=0, **changes)
+            self._announce({**before, **changes})
             self._enter(SwitchPhase.RELINKING)
         finally:
             self._go_on(linked)
@@ -222,16 +224,21 @@ class RoleSwitch:
     def _enter(self, phase: SwitchPhase) -> None:
         _log.info("role switch of cluster %d, token %d: %s", self._own_id, self._lock.token, phase.value)
         if self._on_phase is not None:
-            self._on_phase(phase)
+            try:
+                self._on_phase(phase)
+            except Exception:  # half a switch is worse
+                _log.exception("the callback of the program failed on %s", phase)
 
     def _drain(self, deadline: float) -> None:
         """Wait until own transfers have ended, and until linked peers have drained or cannot be expected to."""
         patience = time.monotonic() + _left(deadline) * _PATIENCE
-        if not self._gates.wait_idle(deadline):
-            reason = "transfers of this process did not end in time"
-            raise LLMException(reason, status_code=LLMStatusCode.LLM_LINK_BUSY)
+        while not self._gates.wait_idle(min(deadline, time.monotonic() + _LOOK_S)):
+            self._give_up_if_closing()
+            if time.monotonic() >= deadline:
+                reason = "transfers of this process did not end in time"
+                raise LLMException(reason, status_code=LLMStatusCode.LLM_LINK_BUSY)
         while time.monotonic() < patience:
-            drained = self._lock.drained()
+            drained = self._lock.drained(deadline)
             members = self._watch.members()
             waited_for = [
                 cluster_id
@@ -263,10 +270,10 @@ class RoleSwitch:
         if self._is_closing.is_set():
             raise _closed()
 
-    def _announce(self, **changes: object) -> None:
+    def _announce(self, changes: Mapping[str, object]) -> None:
         """Tell what is so in any case; a registry that is away is told when it is back."""
         try:
-            self._announcement.put(_ANSWER_S, **changes)
+            self._announcement.put(changes, _ANSWER_S, keep=True)
         except LLMException as error:
             _log.warning("cluster %d could not announce what it is now: %s", self._own_id, error)
 
