@@ -6,13 +6,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from llm_datadist import LLMRole
 from llm_datadist.cluster import rank_environment
 from llm_datadist.cluster.cluster_file import Cluster, ClusterFile, Device
 from llm_datadist.cluster.launched_process import Command
 
-__all__ = ["local_clusters", "python_command", "worker_commands"]
+__all__ = ["RegistryService", "local_clusters", "python_command", "registry_service", "worker_commands"]
 
 
 def local_clusters(roles: Sequence[LLMRole], host: str, ports: Sequence[int]) -> ClusterFile:
@@ -27,10 +28,9 @@ def local_clusters(roles: Sequence[LLMRole], host: str, ports: Sequence[int]) ->
     ports : sequence of int
         A port for each rank.
     """
-    shown = f"[{host}]" if ":" in host else host
     return ClusterFile(
         tuple(
-            Cluster(rank + 1, role, (Device(rank),), (f"{shown}:{port}",))
+            Cluster(rank + 1, role, (Device(rank),), (f"{_bracketed(host)}:{port}",))
             for rank, (role, port) in enumerate(zip(roles, ports))
         )
     )
@@ -77,6 +77,27 @@ def worker_commands(
     return commands
 
 
+class RegistryService(NamedTuple):
+    """A registry that a launcher starts, and where it listens."""
+
+    address: str
+    command: Command
+
+
+def registry_service(host: str, port: int, environment: Mapping[str, str]) -> RegistryService:
+    """Make the command that starts a registry on this host.
+
+    Parameters
+    ----------
+    host, port : str, int
+        Where it listens.
+    environment : mapping of str to str
+        Its variables.
+    """
+    serve = [sys.executable, "-m", "llm_datadist.tools.cli", "registry", "--bind", host, "--port", str(port)]
+    return RegistryService(f"tcp://{_bracketed(host)}:{port}", Command("registry", serve, environment, service=True))
+
+
 def python_command(worker: str, arguments: Sequence[str], *, module: bool) -> list[str]:
     """Make the command that runs a script, or a module, in this interpreter.
 
@@ -90,3 +111,7 @@ def python_command(worker: str, arguments: Sequence[str], *, module: bool) -> li
     if not os.path.isfile(worker):
         raise ValueError(f"there is no file {worker!r}; a module is started with -m")
     return [sys.executable, worker, *arguments]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -13,7 +13,13 @@ import click
 from llm_datadist import LLMRole
 from llm_datadist.cluster.cluster_file import ClusterFile, ClusterFileError, read_cluster_file
 from llm_datadist.cluster.held_ports import HeldPorts
-from llm_datadist.cluster.launch_plan import local_clusters, python_command, worker_commands
+from llm_datadist.cluster.launch_plan import (
+    RegistryService,
+    local_clusters,
+    python_command,
+    registry_service,
+    worker_commands,
+)
 from llm_datadist.cluster.launcher import Outcome, run_commands
 from llm_datadist.cluster.prefixed_output import PrefixedOutput
 
@@ -32,6 +38,9 @@ _COLOURS = {"always": True, "never": False}
     "path",
     type=click.Path(exists=True, dir_okay=False),
     help="Start the clusters of this file instead, all of them on this host.",
+)
+@click.option(
+    "--registry", "with_registry", is_flag=True, help="Start a registry beside them, in LLM_DATADIST_REGISTRY."
 )
 @click.option("-m", "--module", is_flag=True, help="WORKER is a module, as for python -m.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of this host at which they listen.")
@@ -62,6 +71,7 @@ def launch(
     prompts: int | None,
     decoders: int | None,
     path: str | None,
+    with_registry: bool,
     module: bool,
     host: str,
     stop_timeout: float,
@@ -87,7 +97,10 @@ def launch(
         raise click.UsageError(str(error)) from None
     with contextlib.ExitStack() as held:
         clusters = _clusters(prompts, decoders, path, host, held)
-        commands = worker_commands(clusters, command, os.environ)
+        service = _registry(host, held) if with_registry else None
+        commands = worker_commands(clusters, command, os.environ, service and service.address)
+        if service is not None:
+            commands.insert(0, service.command)
         coloured = [_COLOURS.get(color, os.isatty(stream) and not os.environ.get("NO_COLOR")) for stream in _STREAMS]
         output = PrefixedOutput([one.name for one in commands], _STREAMS, coloured)
         try:
@@ -113,11 +126,19 @@ def _clusters(
     roles = [LLMRole.PROMPT] * (prompts or 0) + [LLMRole.DECODER] * (decoders or 0)
     if not roles:
         raise click.UsageError("nothing to start: say --prompts and --decoders, or --cluster")
+    return local_clusters(roles, host, _free_ports(host, len(roles), held))
+
+
+def _registry(host: str, held: contextlib.ExitStack) -> RegistryService:
+    (port,) = _free_ports(host, 1, held)
+    return registry_service(host, port, os.environ)
+
+
+def _free_ports(host: str, count: int, held: contextlib.ExitStack) -> tuple[int, ...]:
     try:
-        ports = held.enter_context(HeldPorts(host, len(roles))).ports
+        return held.enter_context(HeldPorts(host, count)).ports
     except OSError as error:
         raise click.UsageError(f"--host is {host!r}, where this host cannot listen: {error}") from None
-    return local_clusters(roles, host, ports)
 
 
 def _report(outcome: Outcome) -> None:
