@@ -33,11 +33,14 @@ class RemoteTraceback(Exception):
 
 
 class Member:
-    """A process of its own; made by the fixture `members`."""
+    """A process of its own; made by the fixture `members`.
 
-    def __init__(self, group: LocalGroup, name: str) -> None:
+    `body` is what it does: `serve`, perhaps after some preparation. It gets the connection first, then `args`.
+    """
+
+    def __init__(self, group: LocalGroup, name: str, body: Callable[..., None] | None = None, *args: Any) -> None:
         self.name = name
-        self._worker = group.start(name, _serve)
+        self._worker = group.start(name, body or serve, *args)
         self._last_number = 0
         self._answers: dict[int, tuple[bool, Any, str]] = {}
 
@@ -118,7 +121,7 @@ class Call:
         raise value from RemoteTraceback(trace)
 
 
-def _serve(connection: Connection) -> None:
+def serve(connection: Connection) -> None:
     """Body of a member: runs calls until it is told to leave, or until the test has gone."""
     state: dict[str, Any] = {}
     sending = threading.Lock()

@@ -1,0 +1,124 @@
+"""A wire that takes its time and loses frames: it carries them between two TAP devices of two namespaces.
+
+The queueing discipline netem of Linux does the same, where a kernel has it; many of virtual machines have not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import selectors
+import struct
+import time
+from collections import deque
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+from tests.hosts.namespace import enter
+
+FRAME_BYTES = 65536
+MOST_FRAMES = 20_000  # on their way in one direction; further ones are lost, as in a full queue
+
+_SET_INTERFACE = 0x400454CA  # TUNSETIFF of <linux/if_tun.h>
+_TAP, _NO_PACKET_INFORMATION = 0x0002, 0x1000  # IFF_TAP, IFF_NO_PI
+_REQUEST = struct.Struct("16sH22x")  # struct ifreq
+
+
+class Quality(NamedTuple):
+    """What a wire does to each frame, in either direction: delay in seconds, share of frames that are lost."""
+
+    delay_s: float = 0.0
+    loss: float = 0.0
+    seed: int = 1
+
+
+class Carried(NamedTuple):
+    """Frames that a wire has delivered and lost so far, both directions together."""
+
+    delivered: int
+    lost: int
+
+
+class End(NamedTuple):
+    """A namespace and the name of the device in it."""
+
+    path: str
+    device: str
+
+
+def serve(connection: Connection, first: End, second: End, quality: Quality) -> None:
+    """Carry frames until the connection closes; whatever is sent over it is answered by what was carried so far."""
+    taps = [_open_tap(end) for end in (first, second)]
+    connection.send("ready")
+    try:
+        _Wire(connection, taps, quality).carry()
+    finally:
+        for tap in taps:
+            os.close(tap)
+
+
+class _Wire:
+    def __init__(self, connection: Connection, taps: list[int], quality: Quality) -> None:
+        self._connection = connection
+        self._quality = quality
+        self._random = random.Random(quality.seed)
+        self._other = {taps[0]: taps[1], taps[1]: taps[0]}
+        self._under_way: dict[int, deque[tuple[float, bytes]]] = {tap: deque() for tap in taps}  # by destination
+        self._delivered = self._lost = 0
+
+    def carry(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for tap in self._other:
+                selector.register(tap, selectors.EVENT_READ)
+            selector.register(self._connection, selectors.EVENT_READ)
+            while True:
+                for ready, _ in selector.select(self._until_next()):
+                    if ready.fileobj in self._other:
+                        self._take(ready.fd)
+                    elif not self._report():
+                        return
+                self._deliver()
+
+    def _until_next(self) -> float | None:
+        due = [queue[0][0] for queue in self._under_way.values() if queue]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _take(self, tap: int) -> None:
+        """Take all frames that wait at a device."""
+        queue = self._under_way[self._other[tap]]
+        while True:
+            try:
+                frame = os.read(tap, FRAME_BYTES)
+            except BlockingIOError:
+                return
+            if len(queue) >= MOST_FRAMES or self._random.random() < self._quality.loss:
+                self._lost += 1
+            else:
+                queue.append((time.monotonic() + self._quality.delay_s, frame))
+
+    def _deliver(self) -> None:
+        now = time.monotonic()
+        for tap, queue in self._under_way.items():
+            while queue and queue[0][0] <= now:
+                try:
+                    os.write(tap, queue.popleft()[1])
+                    self._delivered += 1
+                except OSError:  # the interface is down
+                    self._lost += 1
+
+    def _report(self) -> bool:
+        try:
+            self._connection.recv()
+        except EOFError:
+            return False
+        self._connection.send(Carried(self._delivered, self._lost))
+        return True
+
+
+def _open_tap(end: End) -> int:
+    """Make a TAP device; it exists as long as the descriptor."""
+    enter(end.path)
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.ioctl(tap, _SET_INTERFACE, _REQUEST.pack(end.device.encode(), _TAP | _NO_PACKET_INFORMATION))
+    return tap
