@@ -48,7 +48,10 @@ class Namespace:
             return thread.submit(function, *args).result()
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Let go of the namespace; may be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def enter(path: str) -> None:

@@ -39,34 +39,38 @@ class Host:
         self.name = name
         self.ipv4 = f"10.77.0.{number}"
         self.ipv6 = f"fd77::{number:x}"
+        self._mac = f"02:00:00:00:00:{number:02x}"
         self.namespace = Namespace()
         self._network = network
         self._switch = switch
         self._port = f"port{number}"
         self._ignored: set[Host] = set()
         self._wire: LocalWorker | None = None
+        self._members: list[Member] = []
 
-    def connect(self, group: LocalGroup, quality: wire.Quality | None) -> None:
+    def connect(self, quality: wire.Quality | None = None) -> None:
         """Put a cable between this host and the switch, or a wire of some quality."""
         if quality is None:
             pair = f"link add {DEVICE} mtu {MTU} type veth peer name {self._port} mtu {MTU} netns {self._switch.path}\n"
             self._ip(pair)
         else:
             ends = wire.End(self.namespace.path, DEVICE), wire.End(self._switch.path, self._port)
-            self._wire = group.start(f"wire of {self.name}", wire.serve, *ends, quality)
+            self._wire = self._network.group.start(f"wire of {self.name}", wire.serve, *ends, quality)
             assert self._wire.connection.poll(PATIENCE_S), "the wire does not begin"
             assert self._wire.connection.recv() == "ready"
         self._switch.run("ip", "-batch", "-", text=f"link set {self._port} master switch up\n")
         self._ip(
             "link set lo up\n"
-            f"link set {DEVICE} up\n"
+            f"link set {DEVICE} address {self._mac} up\n"
             f"address add {self.ipv4}/24 dev {DEVICE}\n"
             f"address add {self.ipv6}/64 dev {DEVICE} nodad\n"
         )
 
     def start(self, name: str) -> Member:
         """Start a process on this host; it ends with the network."""
-        return Member(self._network.group, name, _serve, self.namespace.path, str(self._network.names))
+        member = Member(self._network.group, name, _serve, self.namespace.path, str(self._network.names))
+        self._members.append(member)
+        return member
 
     def ignore(self, *others: Host) -> None:
         """Drop what comes from other hosts, as a firewall does that tells nobody."""
@@ -92,6 +96,20 @@ class Host:
 
     def take_up(self) -> None:
         self._ip(f"link set {DEVICE} up\naddress replace {self.ipv6}/64 dev {DEVICE} nodad\n")
+
+    def vanish(self) -> None:
+        """Let the host lose its power: no packet tells of it, and nothing of its processes and connections is left."""
+        self._switch.run("ip", "link", "delete", self._port)
+        for member in self._members:
+            member.kill()
+        self._members.clear()
+        self.namespace.close()
+
+    def come_back(self) -> None:
+        """Let a host that has vanished start again, with its addresses and nothing else."""
+        self.namespace = Namespace()
+        self._ignored.clear()
+        self.connect()
 
     def limit(self, bytes_per_s: int) -> None:
         """Let the host send at most so many bytes in a second."""
@@ -163,7 +181,7 @@ class Network:
         """Add a host; with a quality it hangs on a wire that delays and loses frames."""
         host = Host(self, name, len(self._hosts) + 1, self._switch)
         self._hosts.append(host)
-        host.connect(self.group, quality)
+        host.connect(quality)
         with self.names.open("a") as names:  # not replaced: processes have mounted it
             names.write(f"{host.ipv4} {host.name}\n{host.ipv6} {host.name}-v6\n")
         return host

@@ -97,6 +97,21 @@ def test_a_cut_and_its_end(network: Network, way: str) -> None:
         wait_until(lambda address=address: asking.call(reaches, address), f"way to {address}")
 
 
+def test_a_host_that_vanishes_and_comes_back(network: Network) -> None:
+    left, right = network.add_host("left"), network.add_host("right")
+    member = left.start("echo")
+    member.call(echo)
+    asking = right.start("asking")
+    assert asking.call(reaches, left.ipv4)
+    left.vanish()
+    assert member.exitcode is not None
+    assert not asking.call(reaches, left.ipv4)
+    left.come_back()
+    left.start("echo again").call(echo)
+    for address in (left.ipv4, left.ipv6):
+        wait_until(lambda address=address: asking.call(reaches, address), f"way to {address}")
+
+
 def test_a_delay_and_losses(network: Network) -> None:
     near, far = network.add_host("near"), network.add_host("far", Quality(delay_s=0.02))
     lossy = network.add_host("lossy", Quality(loss=0.05))
