@@ -52,10 +52,13 @@ class PeerReads:
         Of the library.
     python : str
         Interpreter of an environment that has it.
+    environment : dict of str to str
+        Variables that both processes have beside those of this process.
     """
 
-    def __init__(self, name: str, python: str) -> None:
+    def __init__(self, name: str, python: str, environment: dict[str, str] | None = None) -> None:
         self.name = name
+        self.python = python
         self._script = Path(__file__).with_name(_READERS[name][1])
         self._process = subprocess.Popen(
             [python, "-I", str(self._script)],
@@ -64,6 +67,7 @@ class PeerReads:
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
         try:
             self._answer()

@@ -45,7 +45,7 @@ def linked_pair(
     copies : int
         How many of each the decoder has room for.
     idle_caches : int
-        Further small caches of the prompt, each with a key that nobody pulls.
+        Further small caches of the prompt, each with an ordinary key; the requests count from 0.
     """
     port = free_port()
     with LocalGroup() as group:
