@@ -21,6 +21,7 @@ from tests.processes import Member
 DEVICE = "eth0"
 MTU = 1500
 PATIENCE_S = 20.0
+_PAUSE_S = 0.01
 
 _CLONE_NEWNS = 0x00020000  # unshare(2)
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000  # mount(2)
@@ -206,7 +207,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIEN
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {seconds} s"
-        time.sleep(0.001)
+        time.sleep(_PAUSE_S)
 
 
 def _serve(connection: Connection, namespace: str, names: str) -> None:
