@@ -26,11 +26,13 @@ from .work import BLOCKS_64K, CONTIGUOUS, OFFERS, ONE_BLOCK, Puller, Work
 TOPIC = "network"
 TRANSPORT = "tcp"
 FORCED = {"LLM_DATADIST_TRANSPORT": TRANSPORT}
+SUMMED = {**FORCED, "LLM_DATADIST_DATA_CHECKSUM": "crc32c"}
 PEER_OPTIONS = {NIXL: {"UCX_TLS": TRANSPORT}, MOONCAKE: {}}
 
 OF_IPERF = 0.9
 TIMES_PEER = {NIXL: 4.0, MOONCAKE: 1.7}
 OF_CONTIGUOUS = 0.8
+MOST_SLOWER = 1.10  # while the prompt holds its interpreter lock
 SMALL_MOST_US = 120.0
 SMALL_RUNS = 400  # in a round
 LARGE_RUNS = 3
@@ -42,14 +44,24 @@ def measure(limits: Limits, peers: list[PeerReads]) -> Iterator[Row]:
     del limits  # memory is not what bounds these
     with ExitStack() as opened:
         others = [opened.enter_context(PeerReads(peer.name, peer.python, PEER_OPTIONS[peer.name])) for peer in peers]
-        opened.enter_context(_environment(FORCED))
-        consumed = ROUNDS * SMALL_RUNS + WARM_UP * ROUNDS
-        datadist, connection = opened.enter_context(linked_pair(OFFERS, idle_caches=consumed))
-        _require_tcp(datadist)
+        datadist, connection = opened.enter_context(_pair(FORCED, idle_caches=ROUNDS * (WARM_UP + SMALL_RUNS)))
         puller = Puller(datadist.kv_cache_manager)
-        yield from _large(puller, others)
-        yield from _small(puller.operation(ONE_BLOCK), connection)
+        rows = [*_large(puller, others, connection), *_small(puller.operation(ONE_BLOCK), connection)]
+        yield from rows
         yield _consuming(datadist.kv_cache_manager)
+    unsummed = {row.name: row.median for row in rows}
+    with _pair(SUMMED) as (datadist, _):
+        yield from _summed(Puller(datadist.kv_cache_manager), unsummed)
+
+
+@contextmanager
+def _pair(variables: dict[str, str], idle_caches: int = 0) -> Iterator[tuple[LLMDataDist, Connection]]:
+    """Link a pair over TCP, with variables in the environment of both."""
+    with _environment(variables), linked_pair(OFFERS, idle_caches=idle_caches) as (datadist, connection):
+        found = [link.transport for link in describe_links(datadist)]
+        if found != [TRANSPORT]:
+            raise RuntimeError(f"the link is over {found}, and shall be over {TRANSPORT}")
+        yield datadist, connection
 
 
 @contextmanager
@@ -64,12 +76,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _require_tcp(datadist: LLMDataDist) -> None:
-    found = [link.transport for link in describe_links(datadist)]
-    if found != [TRANSPORT]:
-        raise RuntimeError(f"the link is over {found}, and shall be over {TRANSPORT}")
 
 
 @dataclass
@@ -94,11 +100,12 @@ class _Rounds:
         return "rounds " + " ".join(f"{speed:.2f}" for speed in speeds) + " GB/s"
 
 
-def _large(puller: Puller, others: list[PeerReads]) -> Iterator[Row]:
-    """Measure contiguous and scattered pulls in rounds with all others."""
+def _large(puller: Puller, others: list[PeerReads], connection: Connection) -> Iterator[Row]:
+    """Measure contiguous and scattered pulls in rounds with all others, and with the prompt's lock held."""
     works = (CONTIGUOUS, BLOCKS_64K)
     ours = {work: _Rounds(work, []) for work in works}
     theirs = {work: PeerRounds(others, work) for work in works}
+    held = _Rounds(CONTIGUOUS, [])
     stream = _Rounds(CONTIGUOUS, [])
     for _ in range(ROUNDS):
         if iperf.is_there():
@@ -106,11 +113,15 @@ def _large(puller: Puller, others: list[PeerReads]) -> Iterator[Row]:
         for work in works:
             ours[work].rounds.append(time_us(puller.operation(work), LARGE_RUNS))
             theirs[work].run()
+        with holding(connection, HELD_IN_C):
+            held.rounds.append(time_us(puller.operation(CONTIGUOUS), LARGE_RUNS))
     contiguous, blocks = ours[CONTIGUOUS], ours[BLOCKS_64K]
     targets = [*_beside_iperf(contiguous, stream), *_beside_peers(contiguous, theirs[CONTIGUOUS])]
-    yield _row(contiguous, targets)
+    yield _row(_name(CONTIGUOUS), contiguous, targets)
     ratio = blocks.gb_per_s / contiguous.gb_per_s
-    yield _row(blocks, [Target("of contiguous", ratio, OF_CONTIGUOUS, at_least=True)])
+    yield _row(_name(BLOCKS_64K), blocks, [Target("of contiguous", ratio, OF_CONTIGUOUS, at_least=True)])
+    slower = Target("x idle", contiguous.gb_per_s / held.gb_per_s, MOST_SLOWER, at_least=False)
+    yield _row(f"{_name(CONTIGUOUS)}, held in a {HELD_IN_C}", held, [slower])
     if stream.rounds:
         yield Row(TOPIC, "iperf3, one stream, 256 MiB of it", stream.values, CONTIGUOUS.nbytes, note=stream.note)
     for work in works:
@@ -133,8 +144,11 @@ def _beside_peers(ours: _Rounds, theirs: PeerRounds) -> list[Target]:
     return targets
 
 
-def _row(rounds: _Rounds, targets: Sequence[Target]) -> Row:
-    name = f"over TCP: {rounds.work.name}"
+def _name(work: Work) -> str:
+    return f"over TCP: {work.name}"
+
+
+def _row(name: str, rounds: _Rounds, targets: Sequence[Target]) -> Row:
     return Row(TOPIC, name, rounds.values, rounds.work.nbytes, targets=tuple(targets), note=rounds.note)
 
 
@@ -147,7 +161,7 @@ def _small(pull: Operation, connection: Connection) -> Iterator[Row]:
             with holding(connection, way):
                 taken[way] += time_us(pull, SMALL_RUNS, WARM_UP)
     for held, values in taken.items():
-        name = f"over TCP: {ONE_BLOCK.name}"
+        name = _name(ONE_BLOCK)
         yield _latency(name if held is None else f"{name}, held in a {held}", values, ONE_BLOCK.nbytes)
 
 
@@ -161,6 +175,14 @@ def _consuming(manager: KvCacheManager) -> Row:
         taken += time_us(pull, SMALL_RUNS, WARM_UP)
     nbytes = IDLE.num_tensors * IDLE.shape[1]
     return _latency(f"over TCP: pull_cache of an ordinary key, {nbytes} bytes", taken, nbytes)
+
+
+def _summed(puller: Puller, unsummed: dict[str, float]) -> Iterator[Row]:
+    """Measure pulls whose bytes are summed and compared at both ends."""
+    for work in (CONTIGUOUS, BLOCKS_64K, ONE_BLOCK):
+        taken = time_us(puller.operation(work), SMALL_RUNS if work.is_small else ROUNDS * LARGE_RUNS)
+        times = statistics.median(taken) / unsummed[_name(work)]
+        yield Row(TOPIC, f"{_name(work)}, with CRC-32C", taken, work.nbytes, note=f"{times:.2f} x without")
 
 
 def _pull_next(manager: KvCacheManager, cache: KvCache, requests: Iterator[int]) -> None:
