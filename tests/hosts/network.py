@@ -46,6 +46,7 @@ class Host:
         self._switch = switch
         self._port = f"port{number}"
         self._ignored: set[Host] = set()
+        self._open_ports: tuple[str, ...] | None = None
         self._wire: LocalWorker | None = None
         self._members: list[Member] = []
 
@@ -81,6 +82,11 @@ class Host:
     def heed(self) -> None:
         """Take back every `ignore`."""
         self._ignored.clear()
+        self._set_firewall()
+
+    def open_only(self, *ports: str) -> None:
+        """Let others open connections only to these ports, or ranges such as ``"26100-26199"``; without any to none."""
+        self._open_ports = ports
         self._set_firewall()
 
     def unplug(self) -> None:
@@ -131,8 +137,15 @@ class Host:
 
     def carried(self) -> wire.Carried:
         """Tell what the wire has done so far."""
+        return self._tell_wire(None)
+
+    def change_wire(self, quality: wire.Quality) -> None:
+        """Give the wire another quality."""
+        self._tell_wire(quality)
+
+    def _tell_wire(self, quality: wire.Quality | None) -> wire.Carried:
         assert self._wire is not None, f"{self.name} hangs on a cable"
-        self._wire.connection.send("report")
+        self._wire.connection.send(quality)
         assert self._wire.connection.poll(PATIENCE_S), "the wire does not answer"
         report = self._wire.connection.recv()
         assert isinstance(report, wire.Carried)
@@ -143,6 +156,9 @@ class Host:
 
     def _set_firewall(self) -> None:
         rules = [f"ip saddr {other.ipv4} drop\nip6 saddr {other.ipv6} drop\n" for other in self._ignored]
+        if self._open_ports is not None:
+            allowed = f"tcp dport != {{ {', '.join(self._open_ports)} }} " if self._open_ports else ""
+            rules.append(f"iif {DEVICE} tcp flags & (syn | ack) == syn {allowed}drop\n")
         chain = f"chain arriving {{\ntype filter hook input priority 0\n{''.join(rules)}}}\n"
         replaced = "table inet hosts\ndelete table inet hosts\n"
         self.namespace.run("nft", "-f", "-", text=f"{replaced}table inet hosts {{\n{chain}}}\n")

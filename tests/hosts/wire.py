@@ -1,6 +1,7 @@
-"""A wire that takes its time and loses frames: it carries them between two TAP devices of two namespaces.
+"""A wire that takes its time, loses frames and damages them: it carries them between TAP devices of two namespaces.
 
-The queueing discipline netem of Linux does the same, where a kernel has it; many of virtual machines have not.
+The queueing discipline netem of Linux does much of that, where a kernel has it; many of virtual machines have not. It
+does not make damage that the checksum of TCP misses.
 """
 
 from __future__ import annotations
@@ -18,26 +19,43 @@ from typing import NamedTuple
 from tests.hosts.namespace import enter
 
 FRAME_BYTES = 65536
+SEED = 1  # of chance
 MOST_FRAMES = 20_000  # on their way in one direction; further ones are lost, as in a full queue
 
 _SET_INTERFACE = 0x400454CA  # TUNSETIFF of <linux/if_tun.h>
 _TAP, _NO_PACKET_INFORMATION = 0x0002, 0x1000  # IFF_TAP, IFF_NO_PI
 _REQUEST = struct.Struct("16sH22x")  # struct ifreq
 
+_WORD = struct.Struct("!H")
+_ETHERNET_BYTES, _ETHERTYPE, _IPV4 = 14, slice(12, 14), b"\x08\x00"
+_PROTOCOL, _TCP = 23, 6  # where IPv4 says what it carries
+_NEARLY_FULL = 1400
+
 
 class Quality(NamedTuple):
-    """What a wire does to each frame, in either direction: delay in seconds, share of frames that are lost."""
+    """What a wire does to each frame, in either direction.
+
+    Attributes
+    ----------
+    delay_s : float
+        Seconds that it takes.
+    loss : float
+        Share of frames that are lost.
+    damage : float
+        Share of nearly full TCP segments in which bytes change, with a checksum that hides it.
+    """
 
     delay_s: float = 0.0
     loss: float = 0.0
-    seed: int = 1
+    damage: float = 0.0
 
 
 class Carried(NamedTuple):
-    """Frames that a wire has delivered and lost so far, both directions together."""
+    """Frames that a wire has delivered, lost and damaged so far, both directions together."""
 
     delivered: int
     lost: int
+    damaged: int
 
 
 class End(NamedTuple):
@@ -48,7 +66,7 @@ class End(NamedTuple):
 
 
 def serve(connection: Connection, first: End, second: End, quality: Quality) -> None:
-    """Carry frames until the connection closes; whatever is sent over it is answered by what was carried so far."""
+    """Carry frames until the connection closes; a quality that comes over it holds from then on, and is answered."""
     taps = [_open_tap(end) for end in (first, second)]
     connection.send("ready")
     try:
@@ -62,10 +80,10 @@ class _Wire:
     def __init__(self, connection: Connection, taps: list[int], quality: Quality) -> None:
         self._connection = connection
         self._quality = quality
-        self._random = random.Random(quality.seed)
+        self._random = random.Random(SEED)
         self._other = {taps[0]: taps[1], taps[1]: taps[0]}
         self._under_way: dict[int, deque[tuple[float, bytes]]] = {tap: deque() for tap in taps}  # by destination
-        self._delivered = self._lost = 0
+        self._delivered = self._lost = self._damaged = 0
 
     def carry(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -76,7 +94,7 @@ class _Wire:
                 for ready, _ in selector.select(self._until_next()):
                     if ready.fileobj in self._other:
                         self._take(ready.fd)
-                    elif not self._report():
+                    elif not self._hear():
                         return
                 self._deliver()
 
@@ -95,7 +113,7 @@ class _Wire:
             if len(queue) >= MOST_FRAMES or self._random.random() < self._quality.loss:
                 self._lost += 1
             else:
-                queue.append((time.monotonic() + self._quality.delay_s, frame))
+                queue.append((time.monotonic() + self._quality.delay_s, self._damage(frame)))
 
     def _deliver(self) -> None:
         now = time.monotonic()
@@ -107,13 +125,39 @@ class _Wire:
                 except OSError:  # the interface is down
                     self._lost += 1
 
-    def _report(self) -> bool:
+    def _damage(self, frame: bytes) -> bytes:
+        if len(frame) < _NEARLY_FULL or frame[_ETHERTYPE] != _IPV4 or frame[_PROTOCOL] != _TCP:
+            return frame
+        if self._random.random() >= self._quality.damage:
+            return frame
+        self._damaged += 1
+        segment = _ETHERNET_BYTES + 4 * (frame[_ETHERNET_BYTES] & 15)
+        data = segment + 4 * (frame[segment + 12] >> 4)
+        at = data + 2 * self._random.randrange((len(frame) - data) // 2)  # the checksum is over words of 16 bits
+        return change_word(frame, at, segment + 16, self._random.randrange(1, 1 << 16))
+
+    def _hear(self) -> bool:
         try:
-            self._connection.recv()
+            quality = self._connection.recv()
         except EOFError:
             return False
-        self._connection.send(Carried(self._delivered, self._lost))
+        if quality is not None:
+            self._quality = quality
+        self._connection.send(Carried(self._delivered, self._lost, self._damaged))
         return True
+
+
+def change_word(frame: bytes, at: int, checksum: int, change: int) -> bytes:
+    """Change the bits of a word, and the checksum at another place so that it fits again (RFC 1624, equation 3)."""
+    damaged = bytearray(frame)
+    (old,) = _WORD.unpack_from(frame, at)
+    (summed,) = _WORD.unpack_from(frame, checksum)
+    total = (~summed & 0xFFFF) + (~old & 0xFFFF) + (old ^ change)
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    _WORD.pack_into(damaged, at, old ^ change)
+    _WORD.pack_into(damaged, checksum, ~total & 0xFFFF)
+    return bytes(damaged)
 
 
 def _open_tap(end: End) -> int:
