@@ -72,6 +72,11 @@ class Apart(NamedTuple):
 
         wait_until(works, "link that works", 60)
 
+    def wait_until_the_link_works(self, req_id: int) -> None:
+        """Wait until a pull succeeds over the link as it is: nobody takes it down or makes another one."""
+        self.offer(req_id, req_id)
+        wait_until(lambda: outcome(self.pull_and_compare, req_id, req_id) is OK, "link that works again")
+
     def with_another_decoder(self, host: Host) -> Apart:
         """Start a further decoder of the same prompt and link it."""
         decoder = host.start("another decoder")

@@ -145,7 +145,7 @@ def test_a_stopped_prompt_costs_no_more_than_the_timeout(apart: Apart) -> None:
     fails_in_time(TIMEOUT, TIMEOUT_MS, apart.decoder.call, dd.pull_cache, CacheKey(PROMPT, 7), mine)
     fails_in_time(TIMEOUT, TIMEOUT_MS, apart.decoder.call, dd.check_link, PROMPT)
     apart.prompt.cont()
-    apart.wait_until_it_works(8)
+    apart.wait_until_the_link_works(8)
     apart.pull_and_compare(7, 3, LARGE)
 
 
@@ -155,7 +155,7 @@ def test_a_prompt_stopped_in_the_middle_of_a_pull(apart: Apart) -> None:
     fails_in_time(TIMEOUT, TIMEOUT_MS, pulling.result)
     apart.prompt.cont()
     apart.prompt_host.unlimit()
-    apart.wait_until_it_works(8)
+    apart.wait_until_the_link_works(8)
     apart.pull_and_compare(7, 3, LARGE)
 
 
@@ -182,7 +182,7 @@ def test_a_decoder_stopped_in_the_middle_of_a_pull_holds_nobody_up(apart: Apart)
     code = outcome(pulling.result)
     assert code in (OK, TIMEOUT)
     if code is TIMEOUT:
-        apart.wait_until_it_works(8)
+        apart.wait_until_the_link_works(8)
         apart.pull_and_compare(7, 3, LARGE)
 
 
@@ -192,7 +192,7 @@ def test_a_stopped_decoder_costs_a_transfer_no_more_than_its_timeout(apart: Apar
     assert answers_in_time(2 * TIMEOUT_MS, apart.prompt.call, results) == [TIMEOUT]
     apart.prompt_host.unlimit()
     apart.decoder.cont()
-    apart.wait_until_it_works(8)
+    apart.wait_until_the_link_works(8)
     apart.prompt.call(transfer, cache, [(DECODER, apart.decoder.call(addresses, mine), None, 0)])
     assert apart.prompt.call(results) == [OK]
     assert_bytes(apart.decoder, mine, 1, LARGE)

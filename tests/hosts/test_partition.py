@@ -75,6 +75,17 @@ def test_a_pull_costs_no_more_than_its_timeout_and_goes_on_after_healing(apart: 
     apart.wait_until_it_works(8)
 
 
+@every_cut
+def test_a_link_outlives_a_cut_of_a_few_seconds(apart: Apart, cut: Cut) -> None:
+    """Pulls fail meanwhile; nobody has to make the link anew."""
+    cut.cut(apart)
+    apart.offer(7, seed=3)
+    fails_in_time(TIMEOUT, TIMEOUT_MS, apart.pull_and_compare, 7, 3)
+    cut.heal(apart)
+    apart.wait_until_the_link_works(8)
+    apart.pull_and_compare(7, 3)
+
+
 def start_large_pull(apart: Apart, req_id: int, seed: int) -> tuple[Call, int, int]:
     """Begin a pull that lasts; gives the call, the prompt's cache and the decoder's."""
     cache = apart.offer(req_id, seed, LARGE)

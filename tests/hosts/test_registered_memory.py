@@ -17,6 +17,7 @@ from llm_datadist import (
     TransferWithCacheKeyConfig,
 )
 from llm_datadist.introspection import describe_links
+from llm_datadist.transports import private_memory
 from tests.conformance.backends import Backend
 from tests.conformance.expectations import LINKED, OK
 from tests.conformance.registering import RegisteringRemote, State, There
@@ -30,7 +31,10 @@ LISTEN = {"llm.listenIpInfo": f"0.0.0.0:{PORT}"}
 ALL = range(SLOTS)
 
 # Tensors in the pool, and memory that the program has from elsewhere.
-MEMORIES = {name: Backend("host", name, LISTEN) for name in ("shared_memory", "tcp")}
+MEMORIES = {
+    "pool": Backend("host", "tcp", TCP, options=LISTEN),
+    "own": Backend("host", "tcp-private", TCP, private_memory.DATA_SERVER, options=LISTEN),
+}
 
 
 class Side(NamedTuple):
@@ -215,7 +219,7 @@ def test_both_directions_at_the_same_time(sides: tuple[Side, Side]) -> None:
 
 
 def test_both_link_at_the_same_moment(network: Network) -> None:
-    one, other = start(network, MEMORIES[TCP], remote_access=True)
+    one, other = start(network, MEMORIES["own"], remote_access=True)
     for _ in range(5):
         assert one.instance.call(unlink, OTHER, other.host.ipv4) == LINKED
         wait_until(lambda: other.instance.call(links) == [], "other side without links")

@@ -116,7 +116,7 @@ def test_a_network_too_slow_for_the_timeout(network: Network) -> None:
     apart.offer(7, 3, 8 * MIB)
     for _ in range(2):
         fails_in_time(TIMEOUT, TIMEOUT_MS, apart.pull_and_compare, 7, 3, 8 * MIB)
-    apart.wait_until_it_works(8)
+    apart.wait_until_the_link_works(8)
     left.unlimit()
-    apart.wait_until_it_works(9)
+    apart.assert_works(9)
     apart.pull_and_compare(7, 3, 8 * MIB)

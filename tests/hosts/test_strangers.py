@@ -6,14 +6,17 @@ import contextlib
 import os
 import random
 import re
+import resource
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from llm_datadist import CacheKey
+from llm_datadist import CacheKey, LLMRole
+from llm_datadist.transports import rendezvous, tcp
 from tests import datadist_member as dd
-from tests.hosts.instances import MIB, PORT, PROMPT, Apart, link_apart
+from tests.hosts.instances import ANOTHER_DECODER, LINKED, MIB, PORT, PROMPT, Apart, init, link, link_apart
 from tests.hosts.network import Host, Network, wait_until
 from tests.integration.test_links import links
 from tests.integration.test_transfer import addresses
@@ -54,6 +57,8 @@ def noise(seed: int) -> Iterator[bytes]:
         yield bytes(nbytes)
         yield b"\xff" * nbytes
     yield from (chosen.randbytes(chosen.randint(1, 200)) for _ in range(100))
+    for purpose in (tcp.LINK, tcp.FORWARD, tcp.REVERSE, b"?"):
+        yield tcp.preamble(chosen.randbytes(rendezvous.TOKEN_BYTES), purpose) + chosen.randbytes(200)
 
 
 def test_the_data_port_is_open(apart: Apart) -> None:
@@ -108,6 +113,37 @@ def test_silent_strangers_hold_nobody_up(apart: Apart) -> None:
         other.assert_works(3)
         wait_until(lambda: apart.prompt.call(descriptors) < before + 50, "end of what strangers hold", LONGEST_WAIT_S)
     apart.assert_works(4)
+
+
+def limit_descriptors(_: dd.State, most: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def seconds_of_processor(_: dd.State) -> float:
+    return time.process_time()
+
+
+def test_more_strangers_than_descriptors(apart: Apart) -> None:
+    """They cost the prompt neither its links nor its processor, and newcomers are served when they are gone."""
+    stranger = apart.network.add_host("stranger")
+    apart.prompt.call(limit_descriptors, apart.prompt.call(descriptors) + 60)
+    (port,) = set(open_ports(apart.prompt_host)) - {PORT}
+    apart.offer(1, 1)
+    with contextlib.ExitStack() as held:
+        before = apart.prompt.call(seconds_of_processor)
+        for _ in range(200):  # more than fit into the queue of the listener, too
+            connection = held.enter_context(stranger.namespace.call(socket.socket))
+            connection.setblocking(False)
+            connection.connect_ex((apart.prompt_host.ipv4, port))
+        apart.pull_and_compare(1, 1)
+        started = time.monotonic()
+        other = apart.network.add_host("other").start("another decoder")
+        other.call(init, LLMRole.DECODER, ANOTHER_DECODER)
+        address = apart.prompt_host.ipv4
+        wait_until(lambda: other.call(link, PROMPT, address, PORT, 3000) == LINKED, "link", LONGEST_WAIT_S)
+        waited = time.monotonic() - started
+        assert apart.prompt.call(seconds_of_processor) - before < 1 + waited / 2, "it waits, it does not spin"
+    apart.assert_works(2)
 
 
 def test_strangers_during_pulls(apart: Apart) -> None:

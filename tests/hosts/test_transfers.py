@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -157,8 +158,10 @@ def test_a_transfer_to_a_wrong_address_writes_nothing(apart: Apart) -> None:
     apart.assert_works(1)
 
 
-def pull_from_threads(state: dd.State, first: int, count: int, nbytes: int) -> list[LLMStatusCode]:
-    """Pull ordinary keys from four threads, each into a cache of its own, and compare the bytes."""
+def pull_from_threads(
+    state: dd.State, first: int, count: int, nbytes: int, num_threads: int = 4
+) -> list[LLMStatusCode]:
+    """Pull ordinary keys from several threads, each into a cache of its own, and compare the bytes."""
     caches = threading.local()
 
     def pull(req_id: int) -> LLMStatusCode:
@@ -173,7 +176,7 @@ def pull_from_threads(state: dd.State, first: int, count: int, nbytes: int) -> l
             np.testing.assert_array_equal(got, dd.payload(req_id, tensor, nbytes))
         return OK
 
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(num_threads) as threads:
         return list(threads.map(pull, range(first, first + count)))
 
 
@@ -185,9 +188,11 @@ def offer_many(state: dd.State, first: int, count: int, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [1000, 300_000])
-def test_many_pulls_at_the_same_time(apart: Apart, nbytes: int) -> None:
+@pytest.mark.parametrize("num_threads", [4, 40])
+def test_many_pulls_at_the_same_time(apart: Apart, nbytes: int, num_threads: int) -> None:
+    """Also from more threads than a link has connections."""
     apart.prompt.call(offer_many, 1, 100, nbytes)
-    assert apart.decoder.call(pull_from_threads, 1, 100, nbytes) == [OK] * 100
+    assert apart.decoder.call(pull_from_threads, 1, 100, nbytes, num_threads) == [OK] * 100
     wait_until(lambda: apart.prompt.call(dd.pool_used) == 0, "memory given back")
 
 
@@ -233,6 +238,29 @@ def test_unlink_and_link_again(apart: Apart) -> None:
         assert caught.value.status_code is NOT_LINKED
         assert apart.link() == LINKED
         apart.pull_and_compare(req_id, req_id)
+
+
+def held(_: dd.State) -> tuple[int, int]:
+    """Count descriptors and threads of the process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def test_links_come_and_go_without_a_trace(apart: Apart) -> None:
+    members = apart.prompt, apart.decoder
+    for req_id in range(1, 3):
+        assert (apart.unlink(), apart.link()) == (LINKED, LINKED)
+        apart.assert_works(req_id)
+    before = [member.call(held) for member in members]
+    for req_id in range(3, 33):
+        assert (apart.unlink(), apart.link()) == (LINKED, LINKED)
+        apart.assert_works(req_id)
+    for member, (descriptors, threads) in zip(members, before):
+        wait_until(
+            lambda member=member, most=(descriptors + 3, threads + 3): all(  # what is on its way out
+                count <= allowed for count, allowed in zip(member.call(held), most)
+            ),
+            f"descriptors and threads given back by {member.name}",
+        )
 
 
 def test_finalize_ends_the_link(apart: Apart) -> None:
