@@ -32,7 +32,7 @@ class Host:
 
     Attributes
     ----------
-    name, ipv4, ipv6 : str
+    name, ipv4, ipv6, link_local : str
     namespace : Namespace
     """
 
@@ -40,6 +40,7 @@ class Host:
         self.name = name
         self.ipv4 = f"10.77.0.{number}"
         self.ipv6 = f"fd77::{number:x}"
+        self.link_local = f"fe80::ff:fe00:{number:x}"  # from the address below
         self._mac = f"02:00:00:00:00:{number:02x}"
         self.namespace = Namespace()
         self._network = network

@@ -9,7 +9,7 @@ import pytest
 from llm_datadist import LLMRole, LLMStatusCode
 from tests.hosts import instances
 from tests.hosts.instances import DECODER, LINKED, PORT, PROMPT, TIMEOUT_MS, Apart, answers_in_time
-from tests.hosts.network import Host, Network
+from tests.hosts.network import Host, Network, wait_until
 from tests.integration.test_links import links
 
 Name = Callable[[Host], str]
@@ -25,6 +25,7 @@ CALLED: dict[str, Name] = {
     "ipv6": lambda host: host.ipv6,
     "name": lambda host: host.name,
     "name-v6": lambda host: f"{host.name}-v6",
+    "link-local": lambda host: f"{host.link_local}%eth0",
 }
 # Where a prompt listens, and how decoders call it.
 GOOD = [
@@ -34,6 +35,7 @@ GOOD = [
     ("name", "name"),
     ("every-v6", "ipv6"),
     ("every-v6", "name-v6"),
+    ("every-v6", "link-local"),
     ("ipv6", "ipv6"),
     ("ipv6", "name-v6"),
 ]
@@ -45,7 +47,8 @@ def test_a_link(network: Network, listens: str, called: str) -> None:
     prompt, decoder = left.start("prompt"), right.start("decoder")
     prompt.call(instances.init, LLMRole.PROMPT, PROMPT, LISTENS[listens](left))
     decoder.call(instances.init, LLMRole.DECODER, DECODER)
-    assert decoder.call(instances.link, PROMPT, CALLED[called](left)) == LINKED
+    # A link-local address takes a second to be sure that it is the only one.
+    wait_until(lambda: decoder.call(instances.link, PROMPT, CALLED[called](left)) == LINKED, "link", 5)
     assert decoder.call(links) == [(PROMPT, "LINKED", "tcp")]
     apart = Apart(network, left, right, prompt, decoder)
     apart.assert_works(1)
