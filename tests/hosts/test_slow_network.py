@@ -82,7 +82,7 @@ def test_a_small_pull_is_one_round_trip(apart: Apart, wire: Wire) -> None:
         apart.decoder.call(dd.pull_blocks, BlocksCacheKey(PROMPT), mine, [3], [4])
         taken.append(time.monotonic() - started)
     round_trip = 2 * wire.quality.delay_s
-    assert round_trip <= sorted(taken)[len(taken) // 2] < 1.5 * round_trip + 0.02
+    assert round_trip <= min(taken) < 1.5 * round_trip + 0.02
     for tensor in range(2):
         wanted = dd.payload(1, tensor, 256 * KIB)[48 * KIB : 64 * KIB].tobytes()
         assert apart.decoder.call(dd.read, mine, tensor)[64 * KIB : 80 * KIB] == wanted
