@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from tests.hosts.namespace import Namespace
 from tests.hosts.network import Network
 
 TOOLS = {"nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2", "nft": "nftables"}  # and their Debian packages
+TUN = "/dev/net/tun"
 
 
 @functools.lru_cache(None)
@@ -20,6 +22,8 @@ def obstacle() -> str | None:
     for tool, package in TOOLS.items():
         if shutil.which(tool) is None:
             return f"hosts need {tool}, of the Debian package {package}"
+    if not os.access(TUN, os.R_OK | os.W_OK):
+        return f"hosts need {TUN}, for wires that delay and lose"
     try:
         Namespace().close()
     except PermissionError as error:

@@ -136,13 +136,11 @@ def test_more_strangers_than_descriptors(apart: Apart) -> None:
             connection.setblocking(False)
             connection.connect_ex((apart.prompt_host.ipv4, port))
         apart.pull_and_compare(1, 1)
-        started = time.monotonic()
         other = apart.network.add_host("other").start("another decoder")
         other.call(init, LLMRole.DECODER, ANOTHER_DECODER)
         address = apart.prompt_host.ipv4
         wait_until(lambda: other.call(link, PROMPT, address, PORT, 3000) == LINKED, "link", LONGEST_WAIT_S)
-        waited = time.monotonic() - started
-        assert apart.prompt.call(seconds_of_processor) - before < 1 + waited / 2, "it waits, it does not spin"
+        assert apart.prompt.call(seconds_of_processor) - before < 1.5, "it waits, it does not spin"
     apart.assert_works(2)
 
 
