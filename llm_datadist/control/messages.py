@@ -97,6 +97,9 @@ class MemberHello:
     rank: int
     instance: bytes
     rank_table: bytes  # digest: all members must have been given the same table
+    host: str  # see transports.rendezvous.host_identity
+    transports: list[str]  # offered, best first
+    reason: str  # why a better one is not offered; empty if there is nothing to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,8 @@ class MemberAccept:
     rank: int
     instance: bytes
     token: bytes  # names this link from now on
+    transport: str  # chosen from the offers; shared_memory over TCP: come to the Unix socket
+    reason: str  # why this one
 
 
 Message = Union[Hello, Accept, Refuse, Unlink, Unlinked, Probe, ProbeAnswer, MemberHello, MemberAccept]

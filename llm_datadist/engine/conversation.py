@@ -7,7 +7,7 @@ from typing import Callable, Union
 
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.engine.link import Link
-from llm_datadist.engine.member_handshake import Steps
+from llm_datadist.engine.steps import WRITABLE, Steps, Wait
 
 # What a handshake ends with: a link, nothing, or what went wrong.
 Ending = Union[Link, None, Exception]
@@ -32,21 +32,35 @@ class Conversation:
         self._loop = loop
         self._on_end = on_end
         self._steps: Steps[Link | None] | None = None
+        self._watched_for: Wait | None = None
 
     def start(self, steps: Steps[Link | None]) -> None:
         """Go through the steps as far as possible now, and with the rest as the other side answers."""
         self._steps = steps
-        self._loop.watch(self.connection, self._go_on)
-        self._go_on()
+        self._loop.watch(self.connection, self.go_on)
+        self.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Let the steps look whether they can go on; does nothing after the end."""
+        if not self.is_open:
+            return
         assert self._steps is not None
         try:
-            next(self._steps)
+            wanted = next(self._steps)
         except StopIteration as stop:
             self._end(stop.value)
         except Exception as error:
             self._end(error)
+        else:
+            self._watch_for(wanted)
+
+    def _watch_for(self, wanted: Wait | None) -> None:
+        if wanted is self._watched_for:
+            return
+        self._watched_for = wanted
+        self._loop.unwatch(self.connection)
+        watch = self._loop.watch_writable if wanted is WRITABLE else self._loop.watch
+        watch(self.connection, self.go_on)
 
     def _end(self, ending: Ending) -> None:
         if not self.is_open:

@@ -38,6 +38,8 @@ class Dialer:
         self._token = token
         self._dialing: dict[bytes, socket.socket | None] = {}  # by purpose; None before the control thread comes to it
         self._takers: dict[bytes, Callable[[int], None]] = {}
+        self._missing: set[bytes] = set()  # purposes of `dial_both`
+        self._on_both: Callable[[OSError | None], None] | None = None
         self._closed = False
 
     def serve(self, end: TcpEnd, grant: Grant) -> None:
@@ -52,9 +54,19 @@ class Dialer:
         """Make a connection over which the server asks; from any thread, does not block."""
         self._begin(tcp.REVERSE)
 
+    def dial_both(self, on_end: Callable[[OSError | None], None]) -> None:
+        """Make a connection for each direction, and tell in the control thread when both are there, or one failed.
+
+        `serve` comes first. Nothing is told after `close`.
+        """
+        self._missing, self._on_both = {tcp.FORWARD, tcp.REVERSE}, on_end
+        self.dial_forward()
+        self.dial_reverse()
+
     def close(self) -> None:
         """Break off what is under way; in the control thread, or when it has ended. May be called twice."""
         self._closed = True
+        self._on_both = None
         for purpose in list(self._dialing):
             self._end(purpose)
 
@@ -114,14 +126,23 @@ class Dialer:
         except ValueError as error:  # there are enough, or the link is closed
             os.close(descriptor)
             _log.debug("a data connection is not needed: %s", error)
+        self._report(purpose, None)
 
     def _expire(self, purpose: bytes, connection: socket.socket) -> None:
         if self._dialing.get(purpose) is connection:
             self._fail(purpose, TimeoutError(f"no answer within {_SECONDS} s"))
 
-    def _fail(self, purpose: bytes, error: Exception) -> None:
-        _log.warning("no further data connection to %s:%d: %s", *self._address, error)
+    def _fail(self, purpose: bytes, error: OSError) -> None:
+        _log.warning("no data connection to %s:%d: %s", *self._address, error)
         self._end(purpose)
+        self._report(purpose, error)
+
+    def _report(self, purpose: bytes, error: OSError | None) -> None:
+        self._missing.discard(purpose)
+        on_end = self._on_both
+        if on_end is not None and (error is not None or not self._missing):
+            self._on_both = None
+            on_end(error)
 
     def _end(self, purpose: bytes) -> None:
         connection = self._dialing.pop(purpose, None)

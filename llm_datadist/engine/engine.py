@@ -87,7 +87,7 @@ class Engine(Transfers):
         self._calls = LinkCalls(self._links, client)
         self._peer_calls = PeerLinkCalls(self._links, client, identity, cache_manager) if cache_manager else None
         members_options = cache_manager or CacheManagerOptions()
-        self._members = Members(self._loop, identity, self._grants, self._links, members_options)
+        self._members = Members(self._loop, identity, self._grants, self._links, members_options, settings)
         self._listener = LinkListener(self._loop, identity, self._grants, self._links, settings)
         self._may_switch = options.enable_switch_role
         self._may_move = cache_manager is None or not cache_manager.has_backend

@@ -123,7 +123,7 @@ class LinkServer:
             raise failure("listening", LLMStatusCode.LLM_FAILED, reason) from error
         address = listener.getsockname()
         self._data_address = (address[0] if self._network.data_address else "", address[1])
-        self._entrances.append(Entrance(self._loop, listener, _accept, tcp.PREAMBLE_BYTES, self._on_preamble))
+        self._entrances.append(Entrance(self._loop, listener, tcp.accept, tcp.PREAMBLE_BYTES, self._on_preamble))
 
     def discard(self) -> None:
         """Give up an address that was never served. In any thread."""
@@ -268,7 +268,7 @@ class LinkServer:
         else:
             link = self._table.accepted_with(token) if purpose in (tcp.FORWARD, tcp.REVERSE) else None
             if link is None:
-                _log.warning("refused a data connection from %s", _name_of(connection))
+                _log.warning("refused a data connection from %s", tcp.peer_name(connection))
                 connection.close()
             else:
                 take_stream(connection, purpose, link.end, link.grant)
@@ -324,20 +324,6 @@ class LinkServer:
             peer, hello, deadline = self._waiting.popleft()
             if deadline > time.monotonic():
                 self._start(peer, hello, deadline)
-
-
-def _accept(listener: socket.socket) -> socket.socket:
-    """Take the next data connection, non-blocking."""
-    connection, _ = listener.accept()
-    connection.setblocking(False)
-    return connection
-
-
-def _name_of(connection: socket.socket) -> str:
-    try:
-        return str(connection.getpeername()[0])
-    except OSError:
-        return "somebody who is gone"
 
 
 def _is_free(address: tuple[str, int]) -> bool:

@@ -395,7 +395,7 @@ class LinkTable:
                 return False
             self._insert(link)
         self._watch(link)
-        _log.info("linked with member cluster %d over %s", link.cluster_id, link.end.name)
+        _log.info("linked with member cluster %d over %s: %s", link.cluster_id, link.end.name, link.reason)
         return True
 
     def start_unlink_all(self, links: Sequence[Link]) -> bool:

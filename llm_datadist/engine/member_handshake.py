@@ -1,27 +1,22 @@
-"""How two members of a communicator make their link, on a Unix socket between them.
+"""How two members of a communicator begin a link, and what it is when it is finished, over whatever transport.
 
-The member of higher rank connects to the one of lower rank and says hello. That one accepts, and then each sends the
-other the descriptors of what it may reach, as a client and a server do. Both halves are generators that run in the
+The member of higher rank connects to the one of lower rank and says hello. That one accepts and says which transport
+the link gets; `member_shared_memory` and `member_tcp` have what follows. All halves are generators that run in the
 control thread: they yield whenever they wait for the other side, and return the finished link.
 """
 
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Generator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from llm_datadist.control.messages import MemberAccept, MemberHello, MessageError, Refuse
 from llm_datadist.control.stream import receive_message, send_message
-from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Link
 from llm_datadist.engine.link_state import LinkEvent
-from llm_datadist.transports import rendezvous, shared_memory
-
-_Result = TypeVar("_Result")
-
-Steps = Generator[None, None, _Result]
+from llm_datadist.engine.steps import Steps
+from llm_datadist.transports import rendezvous
+from llm_datadist.transports.base import End, Grant
 
 
 class Place(NamedTuple):
@@ -39,17 +34,27 @@ class Place(NamedTuple):
     cluster_id: int
     rank: int
 
+    def made(
+        self, token: bytes, instance: bytes, end: End, grant: Grant, connection: socket.socket, reason: str
+    ) -> Link:
+        """Put a link together; the instance is that of the other member."""
+        link = Link(
+            self.cluster_id, token, instance, end, grant, connection, communicator=self.communicator, reason=reason
+        )
+        link.status.handle(LinkEvent.MADE)
+        return link
+
 
 class NobodyThere(Exception):
-    """The other member closed the connection before it said anything: it is not ready, or not there any more."""
+    """The other member said nothing before the connection ended, if there was one: it is not ready, or gone again."""
 
 
 class MemberRefused(Exception):
     """The two members do not agree; the text is for both."""
 
 
-def join(connection: socket.socket, place: Place, hello: MemberHello, grants: Grants) -> Steps[Link]:
-    """Make a link with the member of lower rank at the other end.
+def introduce(connection: socket.socket, place: Place, hello: MemberHello) -> Steps[MemberAccept]:
+    """Say hello to the member of lower rank, and give its answer.
 
     Raises
     ------
@@ -57,8 +62,8 @@ def join(connection: socket.socket, place: Place, hello: MemberHello, grants: Gr
         Nothing was said, nothing is lost.
     MemberRefused
         Trying again is of no use.
-    OSError, ValueError
-        The other member was lost, or is none of ours.
+    MessageError
+        The other side is none of ours.
     """
     try:
         send_message(connection, hello)
@@ -67,79 +72,28 @@ def join(connection: socket.socket, place: Place, hello: MemberHello, grants: Gr
         raise NobodyThere(str(error)) from error
     if isinstance(answer, Refuse):
         raise MemberRefused(answer.reason)
-    if not isinstance(answer, MemberAccept):
+    if not isinstance(answer, MemberAccept) or len(answer.token) != rendezvous.TOKEN_BYTES:
         raise MessageError(f"unexpected answer {answer!r}")
     if (answer.cluster_id, answer.rank) != (place.cluster_id, place.rank):
         raise MessageError(f"cluster {answer.cluster_id} answers as rank {answer.rank}")
-    granted = yield from _descriptors(connection, rendezvous.GRANTED)
-    end = shared_memory.attach(granted, pool_writable=True, connection=connection)
-    grant = None
-    try:
-        grant = grants.shared_memory(True)
-        grant.send(connection, rendezvous.MAPPED)
-        if (yield from _word(connection)) != rendezvous.LINKED:
+    if answer.transport not in hello.transports:
+        raise MessageError(f"rank {answer.rank} chose {answer.transport!r}, the offers were {hello.transports}")
+    return answer
+
+
+def answer_of(mine: MemberHello, transport: str, reason: str) -> MemberAccept:
+    """Make the answer of this process, which would say `mine`, to a member that has said hello; with a new token."""
+    return MemberAccept(mine.cluster_id, mine.rank, mine.instance, rendezvous.new_token(), transport, reason)
+
+
+def expect_word(connection: socket.socket, word: bytes) -> Steps[None]:
+    """Wait for a word of the other member; raises OSError if it says another one, or is lost."""
+    while True:
+        try:
+            heard = connection.recv(1)
+        except BlockingIOError:
+            yield None
+            continue
+        if heard != word:
             raise ConnectionError("the other member gave the link up during the handshake")
-    except BaseException:
-        end.close(time.monotonic_ns())
-        if grant is not None:
-            grant.revoke()
-        raise
-    return _made(place, answer.token, answer.instance, end, grant, connection)
-
-
-def accept(
-    connection: socket.socket, place: Place, hello: MemberHello, mine: MemberHello, grants: Grants
-) -> Steps[Link]:
-    """Make a link with the member of higher rank that has said `hello`; `mine` is what this process would say.
-
-    Raises
-    ------
-    OSError, ValueError
-        The other member was lost, or is none of ours.
-    """
-    token = rendezvous.new_token()
-    send_message(connection, MemberAccept(mine.cluster_id, mine.rank, mine.instance, token))
-    grant = grants.shared_memory(True)
-    try:
-        grant.send(connection, rendezvous.GRANTED)
-        granted = yield from _descriptors(connection, rendezvous.MAPPED)
-        end = shared_memory.attach(granted, pool_writable=True, connection=connection)
-    except BaseException:
-        grant.revoke()
-        raise
-    try:
-        connection.send(rendezvous.LINKED)
-    except BaseException:
-        end.close(time.monotonic_ns())
-        grant.revoke()
-        raise
-    return _made(place, token, hello.instance, end, grant, connection)
-
-
-def _made(
-    place: Place,
-    token: bytes,
-    instance: bytes,
-    end: shared_memory.SharedMemoryEnd,
-    grant: shared_memory.SharedMemoryGrant,
-    connection: socket.socket,
-) -> Link:
-    link = Link(place.cluster_id, token, instance, end, grant, connection, communicator=place.communicator)
-    link.status.handle(LinkEvent.MADE)
-    return link
-
-
-def _descriptors(connection: socket.socket, step: bytes) -> Steps[list[int]]:
-    while True:
-        try:
-            return rendezvous.receive_descriptors(connection, step, shared_memory.NUM_DESCRIPTORS)
-        except BlockingIOError:
-            yield
-
-
-def _word(connection: socket.socket) -> Steps[bytes]:
-    while True:
-        try:
-            return connection.recv(1)
-        except BlockingIOError:
-            yield
+        return

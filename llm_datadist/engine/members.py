@@ -9,11 +9,16 @@ import threading
 import time
 
 from llm_datadist.control.loop import ControlLoop
-from llm_datadist.engine.communicator import Communicator, Membership, MemberStatus
+from llm_datadist.engine.communicator import Communicator, MemberStatus
 from llm_datadist.engine.failures import failure, invalid
 from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity
 from llm_datadist.engine.link_table import LinkTable
+from llm_datadist.engine.meeting_places import meeting_places
+from llm_datadist.engine.meeting_points import MeetingPoints
+from llm_datadist.engine.member_tcp import MemberTcp
+from llm_datadist.engine.membership import Membership
+from llm_datadist.engine.network import Network
 from llm_datadist.engine.options import CacheManagerOptions
 from llm_datadist.engine.rank_table import BadRankTable, RankTable, read_rank_table
 from llm_datadist.status import LLMStatusCode
@@ -41,6 +46,8 @@ class Members:
         Takes the links.
     options : CacheManagerOptions
         How long and how often a link is tried, and whether there are communicators at all.
+    network : Network
+        Which transports may be used.
     """
 
     def __init__(
@@ -50,12 +57,15 @@ class Members:
         grants: Grants,
         table: LinkTable,
         options: CacheManagerOptions,
+        network: Network,
     ) -> None:
         self._loop = loop
         self._identity = identity
         self._grants = grants
         self._table = table
         self._options = options
+        self._transports = network.transports
+        self._tcp = MemberTcp(loop, grants, MeetingPoints(loop, table), network.summed)
         self._ids = itertools.count(1)
         self._by_id: dict[int, Communicator] = {}
         self._lock = threading.Lock()  # guards _by_id
@@ -64,6 +74,8 @@ class Members:
     def link(self, name: str, members: dict[int, int], rank_table: str) -> int:
         """Join a communicator; every member does so. Comes back at once, see `status`.
 
+        Servers of the rank table that have a name instead of an address are looked up first, if they are needed.
+
         Parameters
         ----------
         name : str
@@ -71,7 +83,8 @@ class Members:
         members : dict of int to int
             Rank of every cluster; two or more.
         rank_table : str
-            JSON that has a device for each rank; the same at all members.
+            JSON that has a device for each rank, and says where the members meet that are not on one host; the same at
+            all members.
 
         Returns
         -------
@@ -92,9 +105,10 @@ class Members:
             raise invalid(call, f"clusters are {sorted(members)}, the own cluster {number} must be among them")
         try:
             table = read_rank_table(rank_table)
+            _check_ranks(call, members, table)
+            places = meeting_places(table, members.values(), members[number], self._transports)
         except BadRankTable as error:
             raise invalid(call, str(error)) from None
-        _check_ranks(call, members, table)
         seconds = self._options.link_total_time_s or _connect_seconds()
         with self._lock:
             if any(other.membership.name == name for other in self._by_id.values()):
@@ -109,8 +123,10 @@ class Members:
                 table.digest(),
                 time.monotonic() + seconds,
                 max(1, self._options.link_retry_count),
+                self._transports,
+                places,
             )
-            communicator = Communicator(membership, self._loop, self._identity, self._grants, self._table)
+            communicator = Communicator(membership, self._loop, self._identity, self._grants, self._table, self._tcp)
             self._by_id[membership.communicator] = communicator
             self.were_linked = True
         self._loop.call(communicator.start)
@@ -163,6 +179,7 @@ class Members:
         with self._lock:
             for communicator in self._by_id.values():
                 communicator.close()
+        self._tcp.points.close()
 
 
 def _check_ranks(call: str, members: dict[int, int], table: RankTable) -> None:

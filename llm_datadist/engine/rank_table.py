@@ -31,6 +31,8 @@ class RankedDevice(NamedTuple):
         The server that it is in.
     device_id, device_ip, device_port, super_device_id : str
         As the table says; empty where it does not.
+    host_ip, host_port : str
+        Address of the server, and port that the process of this rank has there; empty where the table does not say.
     """
 
     rank: int
@@ -39,6 +41,8 @@ class RankedDevice(NamedTuple):
     device_ip: str
     device_port: str
     super_device_id: str
+    host_ip: str = ""
+    host_port: str = ""
 
 
 class RankTable(NamedTuple):
@@ -101,28 +105,36 @@ def _read_server(where: str, server: Any) -> list[RankedDevice]:
         server_id,
         f"text of 1 to {_MAX_SERVER_ID} characters",
     )
+    host_ip = server.get("host_ip", "")
+    _require(isinstance(host_ip, str), f"{where}.host_ip", host_ip, "text")
     devices = server.get("device")
     _require(isinstance(devices, list) and devices, f"{where}.device", devices, "a list of devices")
-    return [_read_device(f"{where}.device[{index}]", server_id, device) for index, device in enumerate(devices)]
+    return [
+        _read_device(f"{where}.device[{index}]", server_id, host_ip.strip(), device)
+        for index, device in enumerate(devices)
+    ]
 
 
-def _read_device(where: str, server_id: str, device: Any) -> RankedDevice:
+def _read_device(where: str, server_id: str, host_ip: str, device: Any) -> RankedDevice:
     _require(isinstance(device, dict), where, device, "an object")
     for field in ("rank_id", "device_id"):
         _require(field in device, f"{where}.{field}", None, "a number from 0 on, as text")
     for field in ("device_ip", "super_device_id"):
         value = device.get(field, "")
         _require(isinstance(value, str) or _is_count(value), f"{where}.{field}", value, "text")
-    port = device.get("device_port", "")
-    if port != "":
-        _require(0 < _number(f"{where}.device_port", port) <= _MAX_PORT, f"{where}.device_port", port, "1 to 65535")
+    for field in ("device_port", "host_port"):
+        port = device.get(field, "")
+        if port != "":
+            _require(0 < _number(f"{where}.{field}", port) <= _MAX_PORT, f"{where}.{field}", port, "1 to 65535")
     return RankedDevice(
         _number(f"{where}.rank_id", device["rank_id"]),
         server_id,
         str(_number(f"{where}.device_id", device["device_id"])),
         str(device.get("device_ip", "")).replace(" ", ""),
-        str(port),
+        str(device.get("device_port", "")),
         str(device.get("super_device_id", "")),
+        host_ip,
+        str(device.get("host_port", "")),
     )
 
 

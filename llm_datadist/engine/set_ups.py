@@ -115,7 +115,7 @@ class TcpSetUp(SetUp):
         self.grant = grants.tcp(identity.cache_manager)
         private = private_memory.DATA_SERVER if identity.cache_manager else None
         self._end = tcp.TcpEnd(
-            lambda: _ask_for_channel(connection), grants.pool, summed=self._summed, private_memory=private
+            lambda: ask_for_channel(connection), grants.pool, summed=self._summed, private_memory=private
         )
         connection.send(rendezvous.GRANTED)
 
@@ -160,6 +160,7 @@ def take_stream(stream: socket.socket, purpose: bytes, end: End, grant: Grant) -
         _log.debug("a data connection is not needed: %s", error)
 
 
-def _ask_for_channel(connection: socket.socket) -> None:
+def ask_for_channel(connection: socket.socket) -> None:
+    """Ask the side that makes data connections for another one."""
     with contextlib.suppress(OSError):  # the loop sees it close
         connection.send(rendezvous.CHANNEL)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
-from llm_datadist.control.messages import Hello
+from llm_datadist.control.messages import Hello, MemberHello
 from llm_datadist.engine.link import Identity
 from llm_datadist.transports import shared_memory, tcp
 
+SAME_HOST = "same host and network name space"
+
+_Hello = Union[Hello, MemberHello]
+
 
 class Choice(NamedTuple):
-    """What a server decides about a link.
+    """What the side decides that somebody has come to.
 
     Attributes
     ----------
@@ -24,25 +28,39 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(hello: Hello, identity: Identity, allowed: tuple[str, ...]) -> Choice:
-    """Choose among what the client offers, in its order, and what this process allows."""
+def choose(
+    hello: _Hello, identity: Identity, allowed: tuple[str, ...], other: str = "the client", own: str = "the server"
+) -> Choice:
+    """Choose among what the one that has come offers, in its order, and what this process allows.
+
+    Parameters
+    ----------
+    hello : Hello or MemberHello
+        What it has said.
+    identity : Identity
+        Of this process.
+    allowed : tuple of str
+        By the settings of this process.
+    other, own : str
+        What the two are called in the reason.
+    """
     same_host = hello.host == identity.host
     for offer in hello.transports:
         if offer not in allowed:
             continue
         if offer == shared_memory.NAME and same_host:
-            return Choice(offer, "same host and network name space")
+            return Choice(offer, SAME_HOST)
         if offer == tcp.NAME:
-            return Choice(offer, _why_not_mapped(hello, same_host))
+            return Choice(offer, _why_not_mapped(hello, same_host, other, own))
     if shared_memory.NAME in hello.transports and shared_memory.NAME in allowed:
-        return Choice(None, f"memory cannot be shared between this host and the client's ({hello.host})")
-    return Choice(None, f"the client offers {hello.transports}, this process allows {list(allowed)}")
+        return Choice(None, f"memory cannot be shared between this host and that of {other} ({hello.host})")
+    return Choice(None, f"{other} offers {hello.transports}, {own} allows {list(allowed)}")
 
 
-def _why_not_mapped(hello: Hello, same_host: bool) -> str:
+def _why_not_mapped(hello: _Hello, same_host: bool, other: str, own: str) -> str:
     if hello.reason:
         return hello.reason
     if not same_host:
         return "the peer is on another host or in another network name space"
-    whose = "server" if shared_memory.NAME in hello.transports else "client"
-    return f"the settings of the {whose} allow tcp alone"
+    whose = own if shared_memory.NAME in hello.transports else other
+    return f"the settings of {whose} allow tcp alone"

@@ -1,7 +1,8 @@
 """Native data connections: for peers on other hosts, and for all whose memory cannot be mapped.
 
 Every connection of a link is made by its client to the data port of its server, so that one direction through a
-firewall is enough. Each begins with a preamble: the token that the handshake gave out, and what the connection is for.
+firewall is enough; between two members of a communicator, by the one of higher rank to where the other one waits. Each
+begins with a preamble: the token that the handshake gave out, and what the connection is for.
 The first one is kept open as long as the link, and says when a process dies. Over the others one side asks and the
 data server of the other side answers; there is one for each direction from the beginning, and more when transfers run
 at the same time.
@@ -33,6 +34,7 @@ _MAGIC = b"LLMDTCP1"
 LINK = b"L"  # words about the link, and word of a death
 FORWARD = b"F"  # the client asks, the server answers
 REVERSE = b"R"  # the server asks, the client answers
+MEMBER = b"M"  # a member of a communicator, whose digest stands for the token, says hello; becomes that of their link
 
 READY = b"Y"  # server: a connection is taken
 
@@ -87,6 +89,28 @@ def listen(host: str, ports: tuple[int, int] | None) -> socket.socket:
             if not isinstance(error, OSError) or port == last:
                 raise
     raise ValueError(f"{ports} is no range of ports")
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """Take the next connection, non-blocking."""
+    connection, _ = listener.accept()
+    connection.setblocking(False)
+    return connection
+
+
+def new_socket(address: tuple[str, int]) -> socket.socket:
+    """Make a socket for a connection to an address, non-blocking and not connected yet."""
+    connection = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    return connection
+
+
+def peer_name(connection: socket.socket) -> str:
+    """Tell the address at the other end, for messages."""
+    try:
+        return str(connection.getpeername()[0])
+    except OSError:
+        return "somebody who is gone"
 
 
 def tune(connection: socket.socket) -> None:

@@ -14,8 +14,9 @@ import pytest
 from llm_datadist import LLMException, LLMStatusCode
 from llm_datadist.control.messages import MemberAccept, MemberHello, Message, Probe, Refuse, decode
 from llm_datadist.control.stream import MAX_FRAME_BYTES, send_message
-from llm_datadist.engine.communicator import Membership, MemberStatus
+from llm_datadist.engine.communicator import MemberStatus
 from llm_datadist.engine.engine import Engine
+from llm_datadist.engine.membership import Membership
 from llm_datadist.engine.rank_table import read_rank_table
 from llm_datadist.transports import rendezvous
 from tests import peer_engine as peer
@@ -233,7 +234,16 @@ def come() -> socket.socket:
 
 
 def hello(**changes: object) -> MemberHello:
-    fields = {"cluster_id": B, "rank": 1, "instance": b"i" * 16, "rank_table": TABLE, **changes}
+    fields = {
+        "cluster_id": B,
+        "rank": 1,
+        "instance": b"i" * 16,
+        "rank_table": TABLE,
+        "host": rendezvous.host_identity(),
+        "transports": ["shared_memory"],
+        "reason": "",
+        **changes,
+    }
     return MemberHello(**fields)  # type: ignore[arg-type]
 
 
@@ -396,7 +406,7 @@ def test_a_member_that_begins_again(listening: Engine) -> None:
     [
         (Refuse(1, "no"), FAILED),
         (Probe(1, b"t" * 16), FAILED),
-        (MemberAccept(99, 0, b"i" * 16, b"t" * 16), FAILED),
+        (MemberAccept(99, 0, b"i" * 16, b"t" * 16, "shared_memory", ""), FAILED),
         (None, PREPARING),
     ],
     ids=["refuses", "says something else", "is another", "closes"],
