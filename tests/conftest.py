@@ -14,6 +14,7 @@ import pytest
 
 from llm_datadist.cluster.local import LocalGroup
 from tests.leaks import resources
+from tests.member_ports import reserved_ports
 from tests.processes import Member
 
 pytest_plugins = ["tests.hang_guard"]
@@ -65,6 +66,13 @@ def free_port() -> Iterator[Callable[[], int]]:
             return holder.getsockname()[1]
 
         yield take
+
+
+@pytest.fixture(scope="session", autouse=True)
+def member_base_port() -> Iterator[int]:
+    """Let members of communicators that meet over TCP count their ports from one that no other run uses."""
+    with reserved_ports() as base:
+        yield base
 
 
 @pytest.fixture

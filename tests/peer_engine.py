@@ -166,9 +166,10 @@ def own(name: str) -> str:
     return f"{name} of {os.getpid()}"
 
 
-def rank_table(ranks: int, **fields: Any) -> str:
-    """A table with a device of one server for each rank."""
-    devices = [{"device_id": str(rank), "rank_id": str(rank)} for rank in range(ranks)]
+def rank_table(ranks: int | dict[int, int], **fields: Any) -> str:
+    """A table with a device of one server for each rank: the rank itself or, if that is given, the cluster id."""
+    device_of = {rank: rank for rank in range(ranks)} if isinstance(ranks, int) else {r: c for c, r in ranks.items()}
+    devices = [{"device_id": str(device), "rank_id": str(rank)} for rank, device in device_of.items()]
     return json.dumps(
         {
             "version": "1.0",
@@ -181,7 +182,7 @@ def rank_table(ranks: int, **fields: Any) -> str:
 
 
 def join(state: State, name: str, members: dict[int, int], table: str | None = None) -> int:
-    text = rank_table(len(members)) if table is None else table
+    text = rank_table(members) if table is None else table
     return state["engine"].link_members(name, members, text)
 
 
@@ -212,6 +213,11 @@ def leave(state: State, communicator: int) -> None:
 def member_links(state: State) -> list[tuple[int, str, int | None]]:
     found = [(link.cluster_id, link.state, link.communicator) for link in state["engine"].describe_links()]
     return sorted(found, key=str)
+
+
+def ways(state: State) -> set[tuple[str, str]]:
+    """Transport of every link, and why it has that."""
+    return {(link.transport, link.reason) for link in state["engine"].describe_links()}
 
 
 def joined(communicator: dict[int, Member], name: str) -> dict[int, int]:

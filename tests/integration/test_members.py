@@ -14,6 +14,7 @@ from llm_datadist import LLMException, LLMRole, LLMStatusCode
 from llm_datadist.engine.communicator import MemberStatus
 from llm_datadist.engine.engine import Engine
 from llm_datadist.engine.members import MAX_COMMUNICATORS
+from llm_datadist.engine.network import TRANSPORT
 from tests import peer_engine as peer
 from tests.many_engines import allow_many_descriptors
 from tests.peer_engine import LINKED, assert_pulls, joined, make_engine, own, rank_table
@@ -25,6 +26,13 @@ Code = LLMStatusCode
 OK, PREPARING, FAILED = MemberStatus.OK, MemberStatus.PREPARING, MemberStatus.FAILED
 A, B, C, D = 11, 12, 13, 14  # cluster ids
 PAIR = own("pair")
+
+
+@pytest.fixture(params=["auto", "tcp"], autouse=True)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the engines of a test are told about the transport, in all of its processes."""
+    monkeypatch.setenv(TRANSPORT, request.param)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -58,11 +66,19 @@ def code_of(function: Callable[..., object], *args: object) -> Code:
 # ---- joining
 
 
-def test_two_members_pull_in_both_directions(processes: Processes) -> None:
+WAYS = {
+    "auto": ("shared_memory", "same host and network name space"),
+    "tcp": ("tcp", "the settings of rank 1 allow tcp alone"),
+}
+
+
+def test_two_members_pull_in_both_directions(processes: Processes, transport: str) -> None:
     pair = pair_of(processes)
     assert joined(pair, PAIR) == {A: 1, B: 1}
     assert pair[A].call(peer.member_links) == [(B, LINKED, 1)]
     assert pair[B].call(peer.member_links) == [(A, LINKED, 1)]
+    for process in pair.values():
+        assert process.call(peer.ways) == {WAYS[transport]}
     assert_pulls(pair[A], pair[B], B, 1)
     assert_pulls(pair[B], pair[A], A, 2)
 
@@ -266,8 +282,8 @@ def test_different_rank_tables_fail_on_both_sides(
     caplog: pytest.LogCaptureFixture, processes: Processes, alone: Engine
 ) -> None:
     ranks = {A: 0, B: 1}
-    mine = alone.link_members(PAIR, ranks, rank_table(2))
-    theirs = processes[B].call(peer.join, PAIR, ranks, rank_table(3))
+    mine = alone.link_members(PAIR, ranks, rank_table(ranks))
+    theirs = processes[B].call(peer.join, PAIR, ranks, rank_table({**ranks, C: 2}))
     found, seconds = processes[B].call(peer.wait_for_status, theirs)
     assert found is FAILED
     assert seconds < 2, "long before the deadline"
@@ -275,7 +291,7 @@ def test_different_rank_tables_fail_on_both_sides(
     assert "ranks 0 and 1 were given different rank tables" in caplog.text
     processes[B].call(peer.leave, theirs)
     alone.unlink_members(mine)
-    again = alone.link_members(PAIR, ranks, rank_table(2))
+    again = alone.link_members(PAIR, ranks, rank_table(ranks))
     processes[B].call(peer.join, PAIR, ranks)
     assert peer.wait_for_status({"engine": alone}, again)[0] is OK
 
