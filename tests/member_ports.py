@@ -31,7 +31,7 @@ def reserved_ports() -> Iterator[int]:
 
 
 def _hold(held: contextlib.ExitStack, base: int) -> bool:
-    """Bind ports without listening, so that only listeners that set SO_REUSEADDR can have them; False if one is taken."""
+    """Bind ports without listening: only listeners that set SO_REUSEADDR can have them. False if one is taken."""
     with contextlib.ExitStack() as holders:
         for port in range(base, base + COUNT):
             holder = holders.enter_context(socket.socket())

@@ -134,11 +134,19 @@ class MemberTcp:
             lambda: ask_for_channel(connection), summed=self._summed, private_memory=private_memory.DATA_SERVER
         )
         grant = self._grants.tcp(True)
+        taken = set()
+
+        def on_stream(stream: socket.socket, purpose: bytes) -> None:
+            take_stream(stream, purpose, end, grant)
+            taken.add(purpose)
+
         try:
             tcp.tune(connection)
-            with self.points.expecting(answer.token, lambda stream, purpose: take_stream(stream, purpose, end, grant)):
+            with self.points.expecting(answer.token, on_stream):
                 send_message(connection, answer)
                 yield from expect_word(connection, rendezvous.MAPPED)
+            if len(taken) < 2:
+                raise ConnectionError("the other member has not made its data connections")
             connection.send(rendezvous.LINKED)
         except BaseException:
             end.close(time.monotonic_ns())

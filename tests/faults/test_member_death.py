@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import os
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -17,9 +20,11 @@ from llm_datadist.control.stream import MAX_FRAME_BYTES, send_message
 from llm_datadist.engine.communicator import MemberStatus
 from llm_datadist.engine.engine import Engine
 from llm_datadist.engine.membership import Membership
+from llm_datadist.engine.network import TRANSPORT
 from llm_datadist.engine.rank_table import read_rank_table
-from llm_datadist.transports import rendezvous
+from llm_datadist.transports import rendezvous, tcp
 from tests import peer_engine as peer
+from tests.member_ports import HOST
 from tests.peer_engine import BROKEN, LINKED, assert_pulls, joined, make_engine, own, rank_table
 from tests.processes import Member
 
@@ -30,6 +35,13 @@ OK, PREPARING, FAILED = MemberStatus.OK, MemberStatus.PREPARING, MemberStatus.FA
 A, B, C = 11, 12, 13  # cluster ids
 PAIR = own("pair")
 SECONDS = 2  # for a set-up
+
+
+@pytest.fixture(params=["shared_memory", "tcp"], autouse=True)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the engines of a test are told about the transport, in all of its processes."""
+    monkeypatch.setenv(TRANSPORT, request.param)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -134,12 +146,18 @@ def test_a_member_is_killed_when_all_is_well(dying: int, start: Start) -> None:
     assert_pulls(pair[living], pair[dying], dying, 1)
 
 
-def test_a_member_is_stopped_when_all_is_well(start: Start) -> None:
+def test_a_member_is_stopped_when_all_is_well(start: Start, transport: str) -> None:
+    """Its memory may be read meanwhile, or it has to answer."""
     pair = {number: start(f"member-{number}", number) for number in (A, B)}
     ids = joined(pair, PAIR)
     pair[B].call(peer.offer, 1, 1)
     pair[B].stop()
-    assert pair[A].call(peer.pull, B, 1) == bytes([1]) * peer.TENSOR_BYTES
+    if transport == tcp.NAME:
+        with pytest.raises(LLMException) as caught:
+            pair[A].call(peer.pull, B, 1)
+        assert caught.value.status_code is Code.LLM_TIMEOUT
+    else:
+        assert pair[A].call(peer.pull, B, 1) == bytes([1]) * peer.TENSOR_BYTES
     assert pair[A].call(peer.status, ids[A]) is OK, "the other one lives"
     started = time.monotonic()
     pair[A].call(peer.leave, ids[A])
@@ -211,40 +229,83 @@ RANKS = {A: 0, B: 1}
 TABLE = read_rank_table(rank_table(2)).digest()
 
 
-def meeting_name(rank: int) -> str:
-    return Membership(1, PAIR, {0: A, 1: B}, 0, TABLE, 0.0, 1).meeting_name(rank)
+MEETING = Membership(1, PAIR, {0: A, 1: B}, 0, TABLE, 0.0, 1)
 
 
 @pytest.fixture
-def listening() -> Iterator[Engine]:
+def listening(transport: str) -> Iterator[Engine]:
     """An engine of rank 0, to which others come."""
     with contextlib.closing(make_engine(A)) as engine:
         engine.link_members(PAIR, RANKS, rank_table(2))
         yield engine
 
 
-def come() -> socket.socket:
-    """Connect to the member of rank 0, as soon as it listens."""
-    deadline = time.monotonic() + 5
-    while True:
-        try:
-            return rendezvous.connect(meeting_name(0), 5.0)
-        except OSError:
-            assert time.monotonic() < deadline
+class Place(NamedTuple):
+    """Where the member of rank 0 is met: on its Unix socket, or at its port."""
+
+    transport: str
+    port: int
+
+    def come(self, preamble: bytes | None = None) -> socket.socket:
+        """Connect to the member, as soon as it listens, and say over TCP whom this is for."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                return self._connect(tcp.preamble(MEETING.digest(), tcp.MEMBER) if preamble is None else preamble)
+            except OSError:
+                assert time.monotonic() < deadline
+
+    def _connect(self, preamble: bytes) -> socket.socket:
+        if self.transport != tcp.NAME:
+            return rendezvous.connect(MEETING.meeting_name(0), 5.0)
+        connection = socket.create_connection((HOST, self.port), 5.0)
+        connection.sendall(preamble)
+        return connection
+
+    def take(self) -> socket.socket:
+        """Listen in the place of the member."""
+        if self.transport != tcp.NAME:
+            return rendezvous.listen_at(MEETING.meeting_name(0))
+        return tcp.listen(HOST, (self.port, self.port))
+
+    def accept(self, listener: socket.socket) -> socket.socket:
+        """Wait for a member of higher rank, and hear whom it is for."""
+        listener.settimeout(5)
+        connection, _ = listener.accept()
+        connection.settimeout(5)
+        if self.transport == tcp.NAME:
+            said = connection.recv(tcp.PREAMBLE_BYTES, socket.MSG_WAITALL)
+            assert tcp.read_preamble(said) == (MEETING.digest(), tcp.MEMBER)
+        return connection
+
+    def hello(self, **changes: object) -> MemberHello:
+        fields = {
+            "cluster_id": B,
+            "rank": 1,
+            "instance": b"i" * 16,
+            "rank_table": TABLE,
+            "host": rendezvous.host_identity(),
+            "transports": [self.transport],
+            "reason": "",
+            **changes,
+        }
+        return MemberHello(**fields)  # type: ignore[arg-type]
+
+    def say_hello(self, connection: socket.socket) -> MemberAccept:
+        """Say hello, and hear that the link is going to be made."""
+        send_message(connection, self.hello())
+        answer = receive(connection)
+        assert isinstance(answer, MemberAccept)
+        assert (answer.cluster_id, answer.rank, answer.transport) == (A, 0, self.transport)
+        if self.transport != tcp.NAME:
+            for descriptor in rendezvous.receive_descriptors(connection, rendezvous.GRANTED, 4):
+                os.close(descriptor)
+        return answer
 
 
-def hello(**changes: object) -> MemberHello:
-    fields = {
-        "cluster_id": B,
-        "rank": 1,
-        "instance": b"i" * 16,
-        "rank_table": TABLE,
-        "host": rendezvous.host_identity(),
-        "transports": ["shared_memory"],
-        "reason": "",
-        **changes,
-    }
-    return MemberHello(**fields)  # type: ignore[arg-type]
+@pytest.fixture
+def place(transport: str, member_base_port: int) -> Place:
+    return Place(transport, member_base_port)
 
 
 def receive(connection: socket.socket) -> Message:
@@ -252,20 +313,15 @@ def receive(connection: socket.socket) -> Message:
     return decode(connection.recv(length, socket.MSG_WAITALL))
 
 
-def say_hello(connection: socket.socket) -> None:
-    send_message(connection, hello())
-    answer = receive(connection)
-    assert isinstance(answer, MemberAccept)
-    assert (answer.cluster_id, answer.rank) == (A, 0)
-
-
-def receive_descriptors(connection: socket.socket) -> list[int]:
-    return rendezvous.receive_descriptors(connection, rendezvous.GRANTED, 4)
-
-
-def close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def assert_hangs_up(connection: socket.socket) -> None:
+    """Say no more, and expect that the other side closes."""
+    code: int | None = 0
+    try:
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    except OSError as error:
+        code = error.errno
+    assert code in (0, errno.ECONNRESET, errno.ENOTCONN), "a reset says that it did not read to the end"
 
 
 def status_of(engine: Engine) -> MemberStatus:
@@ -294,26 +350,24 @@ def assert_still_joins(engine: Engine) -> None:
     ],
     ids=["nothing", "a byte", "text", "too long", "much too long", "half", "no hello"],
 )
-def test_noise_on_the_socket_of_a_member(data: bytes, listening: Engine) -> None:
-    with come() as noisy:
+def test_noise_on_the_socket_of_a_member(data: bytes, listening: Engine, place: Place) -> None:
+    with place.come() as noisy:
         noisy.sendall(data)
-        noisy.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):  # it did not read to the end
-            assert noisy.recv(1) == b""
+        assert_hangs_up(noisy)
     assert_still_joins(listening)
 
 
-def test_another_message_on_the_socket_of_a_member(listening: Engine) -> None:
-    with come() as confused:
+def test_another_message_on_the_socket_of_a_member(listening: Engine, place: Place) -> None:
+    with place.come() as confused:
         send_message(confused, Probe(1, b"t" * 16))
         assert confused.recv(1) == b""
     assert_still_joins(listening)
 
 
-def test_half_open_connections_keep_nobody_out(listening: Engine) -> None:
+def test_half_open_connections_keep_nobody_out(listening: Engine, place: Place) -> None:
     with contextlib.ExitStack() as silent:
         for _ in range(100):
-            silent.enter_context(come())
+            silent.enter_context(place.come())
         assert_still_joins(listening)
 
 
@@ -326,39 +380,43 @@ def test_half_open_connections_keep_nobody_out(listening: Engine) -> None:
         ({"rank": 0}, "cluster 12 comes as rank 0, which is nobody else to rank 0"),
     ],
 )
-def test_members_that_do_not_agree_are_told(changes: dict[str, object], reason: str, listening: Engine) -> None:
-    with come() as stranger:
-        send_message(stranger, hello(**changes))
+def test_members_that_do_not_agree_are_told(
+    changes: dict[str, object], reason: str, listening: Engine, place: Place
+) -> None:
+    with place.come() as stranger:
+        send_message(stranger, place.hello(**changes))
         answer = receive(stranger)
     assert answer == Refuse(Code.LLM_LINK_FAILED, reason)
     assert peer.wait_for_status({"engine": listening}, 1, 1)[0] is FAILED
 
 
-def test_a_member_that_is_lost_before_its_descriptors(listening: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    with come() as member:
-        say_hello(member)
+def test_a_member_that_is_lost_before_it_has_what_it_needs(
+    listening: Engine, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    with place.come() as member:
+        place.say_hello(member)
         assert status_of(listening) is PREPARING
     assert peer.wait_for_status({"engine": listening}, 1, 1)[0] is FAILED
     assert "cluster 12 (rank 1) was lost during the set-up" in caplog.text
     listening.unlink_members(1)
 
 
-def test_attempts_are_counted() -> None:
+def test_attempts_are_counted(place: Place) -> None:
     with contextlib.closing(make_engine(A, link_retry_count=3)) as engine:
         engine.link_members(PAIR, RANKS, rank_table(2))
         for _ in range(2):
-            with come() as member:
-                say_hello(member)
+            with place.come() as member:
+                place.say_hello(member)
         assert_still_joins(engine)
 
 
+@pytest.mark.parametrize("transport", ["shared_memory"], indirect=True)
 @pytest.mark.parametrize("descriptors", [0, 1, 4, 5])
-def test_descriptors_that_are_none_of_ours(descriptors: int, listening: Engine) -> None:
+def test_descriptors_that_are_none_of_ours(descriptors: int, listening: Engine, place: Place) -> None:
     reading, writing = os.pipe()
     try:
-        with come() as member:
-            say_hello(member)
-            close_all(receive_descriptors(member))
+        with place.come() as member:
+            place.say_hello(member)
             if descriptors:
                 rendezvous.send_descriptors(member, rendezvous.MAPPED, [reading] * descriptors)
             else:
@@ -369,22 +427,20 @@ def test_descriptors_that_are_none_of_ours(descriptors: int, listening: Engine) 
         os.close(writing)
 
 
-def test_a_member_that_stops_in_the_middle() -> None:
+def test_a_member_that_stops_in_the_middle(place: Place) -> None:
     with contextlib.closing(make_engine(A, link_total_time_s=1)) as engine:
         engine.link_members(PAIR, RANKS, rank_table(2))
-        with come() as member:
-            say_hello(member)
-            close_all(receive_descriptors(member))
+        with place.come() as member:
+            place.say_hello(member)
             found, seconds = peer.wait_for_status({"engine": engine}, 1)
             assert found is FAILED
             assert seconds < 3
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_giving_up_in_the_middle(leaves: bool, listening: Engine) -> None:
-    with come() as member:
-        say_hello(member)
-        close_all(receive_descriptors(member))
+def test_giving_up_in_the_middle(leaves: bool, listening: Engine, place: Place) -> None:
+    with place.come() as member:
+        place.say_hello(member)
         if leaves:
             listening.unlink_members(1)
         else:
@@ -392,12 +448,11 @@ def test_giving_up_in_the_middle(leaves: bool, listening: Engine) -> None:
         assert member.recv(1) == b""
 
 
-def test_a_member_that_begins_again(listening: Engine) -> None:
+def test_a_member_that_begins_again(listening: Engine, place: Place) -> None:
     """The second connection counts, though the first one is still open."""
-    with come() as first:
-        say_hello(first)
+    with place.come() as first:
+        place.say_hello(first)
         assert_still_joins(listening)
-        close_all(receive_descriptors(first))
         assert first.recv(1) == b""
 
 
@@ -406,38 +461,115 @@ def test_a_member_that_begins_again(listening: Engine) -> None:
     [
         (Refuse(1, "no"), FAILED),
         (Probe(1, b"t" * 16), FAILED),
-        (MemberAccept(99, 0, b"i" * 16, b"t" * 16, "shared_memory", ""), FAILED),
+        (MemberAccept(99, 0, b"i" * 16, b"t" * 16, "", ""), FAILED),
+        (MemberAccept(A, 0, b"i" * 16, b"t" * 16, "pigeon", ""), FAILED),
+        (MemberAccept(A, 0, b"i" * 16, b"short", "", ""), FAILED),
         (None, PREPARING),
     ],
-    ids=["refuses", "says something else", "is another", "closes"],
+    ids=["refuses", "says something else", "is another", "another transport", "no token", "closes"],
 )
-def test_what_a_member_of_lower_rank_may_answer(answer: Message | None, status: MemberStatus) -> None:
-    with rendezvous.listen_at(meeting_name(0)) as listener, contextlib.closing(make_engine(B)) as engine:
-        listener.settimeout(5)
+def test_what_a_member_of_lower_rank_may_answer(answer: Message | None, status: MemberStatus, place: Place) -> None:
+    if isinstance(answer, MemberAccept) and not answer.transport:
+        answer = dataclasses.replace(answer, transport=place.transport)
+    with place.take() as listener, contextlib.closing(make_engine(B)) as engine:
         engine.link_members(PAIR, RANKS, rank_table(2))
-        connection, _ = listener.accept()
-        with connection:
-            connection.settimeout(5)
+        with place.accept(listener) as connection:
             assert isinstance(receive(connection), MemberHello)
             if answer is not None:
                 send_message(connection, answer)
         if status is FAILED:
             assert peer.wait_for_status({"engine": engine}, 1, 2)[0] is FAILED
         else:
-            connection, _ = listener.accept()  # it tries again
-            connection.close()
+            place.accept(listener).close()  # it tries again
             assert MemberStatus(engine.member_status(1)) is PREPARING
 
 
-def test_a_name_that_is_taken_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
-    """A process that still listens under the name, perhaps one that is about to end: its successor waits for it."""
+def test_a_place_that_is_taken_for_a_while(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that still listens there, perhaps one that is about to end: its successor waits for it."""
     caplog.set_level("WARNING", "llm_datadist")
+    warning = f"another process has port {place.port} of {HOST}"
+    if place.transport != tcp.NAME:
+        warning = "another process waits as rank 0"
     with contextlib.closing(make_engine(A)) as engine, contextlib.closing(make_engine(B)) as other:
-        with rendezvous.listen_at(meeting_name(0)):
+        with place.take():
             engine.link_members(PAIR, RANKS, rank_table(2))
             deadline = time.monotonic() + 5
-            while "another process waits as rank 0" not in caplog.text:
+            while warning not in caplog.text:
                 assert time.monotonic() < deadline
         other.link_members(PAIR, RANKS, rank_table(2))
         assert peer.wait_for_status({"engine": engine}, 1)[0] is OK
         assert peer.wait_for_status({"engine": other}, 1)[0] is OK
+
+
+# ---- over TCP
+
+
+only_tcp = pytest.mark.parametrize("transport", ["tcp"], indirect=True)
+UNKNOWN = b"u" * rendezvous.TOKEN_BYTES
+
+
+@only_tcp
+@pytest.mark.parametrize(
+    "preamble",
+    [
+        b"",
+        b"L",
+        b"noise that is longer than a preamble",
+        tcp.preamble(UNKNOWN, tcp.MEMBER),
+        tcp.preamble(UNKNOWN, tcp.LINK),
+        tcp.preamble(UNKNOWN, tcp.FORWARD),
+        tcp.preamble(UNKNOWN, tcp.REVERSE),
+        tcp.preamble(MEETING.digest(), tcp.FORWARD),
+        tcp.preamble(MEETING.digest(), b"?"),
+    ],
+    ids=["nothing", "a byte", "noise", "other members", "link", "forward", "reverse", "no token", "no purpose"],
+)
+def test_strangers_at_the_port_of_a_member(preamble: bytes, listening: Engine, place: Place) -> None:
+    with place.come(preamble) as stranger:
+        assert_hangs_up(stranger)
+    assert_still_joins(listening)
+
+
+def come_with_data_connections(place: Place, member: socket.socket, purposes: bytes) -> list[socket.socket]:
+    """Say hello and make data connections; the owner closes them."""
+    token, streams = place.say_hello(member).token, []
+    for purpose in purposes:
+        streams.append(place.come(tcp.preamble(token, bytes([purpose]))))
+        assert streams[-1].recv(1) == tcp.READY
+    return streams
+
+
+@only_tcp
+@pytest.mark.parametrize("purposes", [b"", tcp.FORWARD, tcp.REVERSE, 2 * tcp.REVERSE])
+def test_a_member_without_all_data_connections(purposes: bytes, listening: Engine, place: Place) -> None:
+    with contextlib.ExitStack() as open_:
+        member = open_.enter_context(place.come())
+        for stream in come_with_data_connections(place, member, purposes):
+            open_.enter_context(stream)
+        member.sendall(rendezvous.MAPPED)
+        assert peer.wait_for_status({"engine": listening}, 1, 1)[0] is FAILED
+        assert member.recv(1) == b""
+
+
+@only_tcp
+def test_a_member_that_is_lost_between_its_data_connections(listening: Engine, place: Place) -> None:
+    """What it has made is closed with it, and nothing is served to it any more."""
+    with place.come() as member:
+        (stream,) = come_with_data_connections(place, member, tcp.FORWARD)
+    with stream:
+        assert peer.wait_for_status({"engine": listening}, 1, 1)[0] is FAILED
+        assert stream.recv(1) == b""
+
+
+@only_tcp
+def test_a_member_of_lower_rank_that_takes_no_data_connections(place: Place) -> None:
+    token = b"t" * rendezvous.TOKEN_BYTES
+    with place.take() as listener, contextlib.closing(make_engine(B)) as engine:
+        engine.link_members(PAIR, RANKS, rank_table(2))
+        with place.accept(listener) as connection:
+            assert isinstance(receive(connection), MemberHello)
+            send_message(connection, MemberAccept(A, 0, b"i" * 16, token, tcp.NAME, ""))
+            stream, _ = listener.accept()
+            stream.close()
+            assert peer.wait_for_status({"engine": engine}, 1, 2)[0] is FAILED
+            assert connection.recv(1) == b""
