@@ -31,6 +31,7 @@ _LOWEST_BASE, _HIGHEST_BASE = 1024, 65520  # documented for HCCL_IF_BASE_PORT
 _MAX_PORT = 65535
 _ANY_PORT = "auto"  # a range that says nothing
 
+_PORT = re.compile(r"[0-9]{1,5}$")
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?$")
 _LOOKS_LIKE_AN_ADDRESS = re.compile(r"[0-9.]*$|.*:")
 
@@ -184,8 +185,7 @@ class _Ports:
         if text and text != _ANY_PORT:
             return _port_in(text, device_id)
         base = self._environment.get(BASE_PORT, "").strip() or str(DEFAULT_BASE_PORT)
-        is_good = base.isascii() and base.isdigit() and _LOWEST_BASE <= int(base[:6]) <= _HIGHEST_BASE
-        if not is_good:
+        if not _PORT.match(base) or not _LOWEST_BASE <= int(base) <= _HIGHEST_BASE:
             raise BadRankTable(f"{BASE_PORT} is {base!r}, should be {_LOWEST_BASE} to {_HIGHEST_BASE}")
         if int(base) + device_id > _MAX_PORT:
             raise BadRankTable(

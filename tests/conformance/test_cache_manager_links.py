@@ -16,6 +16,7 @@ from llm_datadist import (
     LLMStatusCode,
     RegisterMemStatus,
 )
+from llm_datadist.introspection import describe_links
 from llm_datadist.v2.cache_manager import CacheManager
 from tests.conformance import registering
 from tests.conformance.backends import BACKENDS, Backend
@@ -65,7 +66,7 @@ def assert_pulls(manager: CacheManager, datadist: LLMDataDist, remote: Registeri
 # ---- link
 
 
-def test_C246_members_link(datadist: LLMDataDist, remote: RegisteringRemote) -> None:
+def test_C246_members_link(datadist: LLMDataDist, remote: RegisteringRemote, backend: Backend) -> None:
     there = remote.register(seed=1)
     mine = registering.register(datadist, BACKEND)
     number = datadist.link("pair", RANKS, rank_table(2))
@@ -74,6 +75,7 @@ def test_C246_members_link(datadist: LLMDataDist, remote: RegisteringRemote) -> 
     theirs = remote.call(registering.datadist_call, "link", "pair", RANKS, rank_table(2))
     wait_until(lambda: datadist.query_register_mem_status(number) is not RegisterMemStatus.PREPARING, ENOUGH_S)
     assert datadist.query_register_mem_status(comm_id=number) is RegisterMemStatus.OK
+    assert [link.transport for link in describe_links(datadist)] == [backend.link]
     datadist.cache_manager.pull_cache(CacheKeyByIdAndIndex(PROMPT, there.cache_id, 1), mine.cache)
     assert mine.slot(3, 0) == payload_slot(1, 3, 1)
     datadist.unlink(number)
