@@ -30,7 +30,8 @@ class MemberLinks:
             Rank of each member by its cluster id, the own one among them: 2 to 4, ranks in ascending order; uint64 and
             uint32.
         rank_table : str
-            Rank table in JSON: where the members are.
+            Rank table in JSON: where the members are. A server that others must reach over TCP is looked up by its name
+            now, unless the table gives an address.
 
         Returns
         -------
