@@ -11,6 +11,7 @@ server of each rank, and at a port that is the rank's own on its server. TCP is 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -93,12 +94,10 @@ def meeting_places(
     if tcp.NAME not in transports or not others:
         return MeetingPlaces(unix, None, {})
     port_of = _Ports(table, environment)
-    addresses = {
-        server: _address_of(server, host_ip) for server, host_ip in {(d.server_id, d.host_ip) for d in [own, *others]}
-    }
+    addresses = {other.server_id: _address_of(other) for other in [own, *others]}
     return MeetingPlaces(
         unix,
-        (_address_to_bind(addresses[own.server_id]), port_of(own)),
+        (_address_to_bind(own, addresses[own.server_id]), port_of(own)),
         {other.rank: (addresses[other.server_id], port_of(other)) for other in others},
     )
 
@@ -108,8 +107,13 @@ def meeting_places(
 
 def _is_in_a_container(own: RankedDevice) -> bool:
     """Tell whether a server has an address, not only a name, which is not to be seen from this process."""
-    address = own.host_ip or own.server_id
+    _, address = _called(own)
     return _is_address(address) and not _is_own(address)
+
+
+def _called(device: RankedDevice) -> tuple[str, str]:
+    """Give the field of a server that says where it is, and what it says."""
+    return ("host_ip", device.host_ip) if device.host_ip else ("server_id", device.server_id)
 
 
 def _is_address(text: str) -> bool:
@@ -133,8 +137,8 @@ def _is_own(address: str) -> bool:
     return True
 
 
-def _address_of(server_id: str, host_ip: str) -> str:
-    field, text = ("host_ip", host_ip) if host_ip else ("server_id", server_id)
+def _address_of(device: RankedDevice) -> str:
+    field, text = _called(device)
     if _is_address(text):
         return text
     reason = "that is no address"
@@ -150,8 +154,10 @@ def _address_of(server_id: str, host_ip: str) -> str:
     )
 
 
-def _address_to_bind(address: str) -> str:
-    if _is_own(address):
+def _address_to_bind(own: RankedDevice, address: str) -> str:
+    # Many a host takes its own name for an address of its loopback interface, at which others do not reach it.
+    is_for_others = _is_address(_called(own)[1]) or not ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if is_for_others and _is_own(address):
         return address
     return "::" if ":" in address else "0.0.0.0"
 

@@ -93,7 +93,7 @@ class WaitingPlace:
             if error.errno != errno.EADDRINUSE:
                 raise OSError(error.errno, f"{error.strerror} ({address[0]}, port {address[1]})") from error
             if not self.trouble:
-                self.trouble = f"another process has port {address[1]} of {address[0]}, where this one should listen"
+                self.trouble = f"port {address[1]} of {address[0]}, where this process should listen, is in use"
                 _log.warning("%s: %s", self._membership.title, self.trouble)
             return
         self.on_tcp, self.trouble = True, ""

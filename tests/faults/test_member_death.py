@@ -487,7 +487,7 @@ def test_what_a_member_of_lower_rank_may_answer(answer: Message | None, status: 
 def test_a_place_that_is_taken_for_a_while(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     """A process that still listens there, perhaps one that is about to end: its successor waits for it."""
     caplog.set_level("WARNING", "llm_datadist")
-    warning = f"another process has port {place.port} of {HOST}"
+    warning = f"port {place.port} of {HOST}, where this process should listen, is in use"
     if place.transport != tcp.NAME:
         warning = "another process waits as rank 0"
     with contextlib.closing(make_engine(A)) as engine, contextlib.closing(make_engine(B)) as other:

@@ -92,8 +92,14 @@ def test_nobody_if_it_is_not_allowed() -> None:
 
 
 def test_names_are_looked_up() -> None:
-    expected = MeetingPlaces(True, (HERE, 60000), {1: (ALSO_HERE, 60000)})
-    assert places(server("localhost", device(0)), server(ALSO_HERE, device(1))) == expected
+    servers = server(HERE, device(0)), server("localhost", device(1))
+    assert places(*servers) == MeetingPlaces(True, (HERE, 60000), {1: (HERE, 60000)})
+
+
+def test_a_name_that_the_host_takes_for_its_loopback() -> None:
+    """Others take it for another address."""
+    servers = server("localhost", device(0)), server(ALSO_HERE, device(1))
+    assert places(*servers) == MeetingPlaces(True, ("0.0.0.0", 60000), {1: (ALSO_HERE, 60000)})
 
 
 @pytest.mark.parametrize("name", ["no-such-host.invalid", "no name at all", "1", "127.1", "256.1.1.1", "a:b", ""])
