@@ -175,6 +175,14 @@ class Communicator:
         elif talk is None:
             self._dial(rank)
 
+    def _answer_call(self, rank: int) -> None:
+        """Go to a member of lower rank that has just come; a connection that is still not made is of before that."""
+        talk = self._handshakes.get(rank)
+        if talk is not None and _is_tcp(talk.connection) and not _is_made(talk.connection):
+            talk.close()
+            del self._handshakes[rank]
+        self._approach(rank)
+
     def _dial(self, rank: int) -> None:
         """Look for a member of lower rank over TCP, if it may be there."""
         connection = self._tcp_socket(rank)
@@ -268,7 +276,7 @@ class Communicator:
             raise MessageError(f"unexpected message {hello!r}")
         rank = hello.rank
         if rank in self._others and rank < self.membership.rank:
-            self._loop.call(lambda: self._approach(rank))
+            self._loop.call(lambda: self._answer_call(rank))
             return None
         if _has_left(connection):
             return None  # it has given up, and may have come again on another connection
@@ -396,6 +404,14 @@ class Communicator:
 
 def _is_tcp(connection: socket.socket) -> bool:
     return connection.family != socket.AF_UNIX
+
+
+def _is_made(connection: socket.socket) -> bool:
+    try:
+        connection.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _has_left(connection: socket.socket) -> bool:
