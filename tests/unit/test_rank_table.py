@@ -81,6 +81,16 @@ def test_order_and_layout_do_not_matter_but_content_does() -> None:
     assert read(other).digest() != read(table).digest()
 
 
+def test_where_the_host_is() -> None:
+    table = two_servers()
+    table["server_list"][0]["host_ip"] = " 192.0.2.99 "
+    table["server_list"][0]["device"][0]["host_port"] = 60005
+    first, second = read(table).devices
+    assert (first.host_ip, first.host_port) == ("192.0.2.99", "60005")
+    assert (second.host_ip, second.host_port) == ("", "")
+    assert read(table).digest() != read(two_servers()).digest()
+
+
 def without(*path: Any) -> Callable[[dict[str, Any]], None]:
     def change(table: Any) -> None:
         for step in path[:-1]:
@@ -117,6 +127,9 @@ SECOND = ("server_list", 1, "device", 0)
         (put({}, "server_list"), "server_list is a dict of 0"),
         (put(5, "server_list", 1), r"server_list\[1\] is 5, should be an object"),
         (without("server_list", 0, "server_id"), r"server_list\[0\].server_id is missing"),
+        (put(17, "server_list", 0, "host_ip"), r"server_list\[0\].host_ip is 17, should be text"),
+        (put("0", *FIRST, "host_port"), r"device\[0\].host_port is '0', should be 1 to 65535"),
+        (put("65536", *SECOND, "host_port"), "should be 1 to 65535"),
         (put("s" * 65, "server_list", 0, "server_id"), "text of 1 to 64 characters"),
         (put("192.0.2.18", "server_list", 0, "server_id"), "server_id is '192.0.2.18' for two servers"),
         (without("server_list", 0, "device"), r"server_list\[0\].device is missing"),
