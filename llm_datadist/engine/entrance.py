@@ -14,7 +14,7 @@ _log = logging.getLogger("llm_datadist.link")
 
 _STRANGER_SECONDS = 5.0  # for a connection to introduce itself
 _REST_SECONDS = 0.1  # when a connection cannot be accepted
-_MAX_STRANGERS = 1024  # at one time; the listener's queue holds the others back
+_MAX_STRANGERS = 32  # at one time; whoever means it introduces himself at once
 
 
 class Entrance:
@@ -69,17 +69,22 @@ class Entrance:
         except ForeignProcess as error:
             _log.warning("refused a connection: %s", error)
             return
-        except OSError as error:  # no descriptors left: whoever waits would be announced again and again
-            _log.warning("cannot accept a connection, the next attempt is in %s s: %s", _REST_SECONDS, error)
-            self._loop.unwatch(self.listener)
-            self._loop.at(time.monotonic() + _REST_SECONDS, self._go_on)
+        except OSError as error:
+            self._rest(error)
             return
         if len(self._strangers) >= _MAX_STRANGERS:
-            stranger.close()
-            return
+            self._forget(next(iter(self._strangers)))  # the one that has been silent for longest
         self._strangers[stranger] = b""
         self._loop.watch(stranger, lambda: self._on_words(stranger))
         self._loop.at(time.monotonic() + _STRANGER_SECONDS, lambda: self._forget(stranger))
+
+    def _rest(self, error: OSError) -> None:
+        """Accept nobody for a moment: without descriptors whoever waits would be announced again and again."""
+        _log.warning("cannot accept a connection, the next attempt is in %s s: %s", _REST_SECONDS, error)
+        for stranger in list(self._strangers):
+            self._forget(stranger)  # ZeroMQ's listener, which does not rest, needs descriptors too
+        self._loop.unwatch(self.listener)
+        self._loop.at(time.monotonic() + _REST_SECONDS, self._go_on)
 
     def _go_on(self) -> None:
         if self.listener.fileno() >= 0:

@@ -151,13 +151,14 @@ def test_no_backend() -> None:
 def test_every_role_listens_at_one_address() -> None:
     for role in LLMRole:
         assert read({**MANAGER, "llm.listenIpInfo": "10.0.0.1:1"}, role).engine.listen == (("10.0.0.1", 1),)
+    assert read({**MANAGER, "llm.listenIpInfo": "[::1]:5"}).engine.listen == (("::1", 5),)
     assert read({**MANAGER, "llm.listenIpInfo": ""}).engine.listen == ()
-    for text in ("127.0.0.1", "127.0.0.1:1:2", "127.0.0.1:1;127.0.0.1:2", "127.0.0.1:1;", "[::1]:5"):
+    for text in ("127.0.0.1", "127.0.0.1:1:2", "127.0.0.1:1;127.0.0.1:2", "127.0.0.1:1;", "[::1]", "::1:5"):
         refused("ip:port", {**MANAGER, "llm.listenIpInfo": text})
     with pytest.raises(ValueError, match="port"):
         read({**MANAGER, "llm.listenIpInfo": "127.0.0.1:x"})
     with pytest.raises(RuntimeError, match="Can not parse ip str"):
-        read({**MANAGER, "llm.listenIpInfo": "host:1"})
+        read({**MANAGER, "llm.listenIpInfo": "256.0.0.1:1"})
 
 
 def test_one_device() -> None:

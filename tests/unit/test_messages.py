@@ -30,6 +30,8 @@ from llm_datadist.control.messages import (
 uint64 = st.integers(0, 2**64 - 1)
 token = st.binary(min_size=16, max_size=16)
 text = st.text(max_size=100)
+port = st.integers(0, 65535)
+rank = st.integers(0, 2**32 - 1)
 
 messages = st.one_of(
     st.builds(
@@ -40,17 +42,37 @@ messages = st.one_of(
         instance=token,
         host=text,
         transports=st.lists(text, max_size=5),
+        reason=text,
         timeout_ms=st.integers(1, 2**31 - 1),
         cache_manager=st.booleans(),
     ),
-    st.builds(Accept, cluster_id=uint64, instance=token, token=token, transport=text, rendezvous=text),
+    st.builds(
+        Accept,
+        cluster_id=uint64,
+        instance=token,
+        token=token,
+        transport=text,
+        reason=text,
+        rendezvous=text,
+        data_host=text,
+        data_port=port,
+    ),
     st.builds(Refuse, code=uint64, reason=text),
     st.builds(Unlink, cluster_id=uint64, token=token),
     st.builds(Unlinked, code=uint64),
     st.builds(Probe, cluster_id=uint64, token=token),
     st.builds(ProbeAnswer, linked=st.booleans()),
-    st.builds(MemberHello, cluster_id=uint64, rank=st.integers(0, 2**32 - 1), instance=token, rank_table=token),
-    st.builds(MemberAccept, cluster_id=uint64, rank=st.integers(0, 2**32 - 1), instance=token, token=token),
+    st.builds(
+        MemberHello,
+        cluster_id=uint64,
+        rank=rank,
+        instance=token,
+        rank_table=token,
+        host=text,
+        transports=st.lists(text, max_size=5),
+        reason=text,
+    ),
+    st.builds(MemberAccept, cluster_id=uint64, rank=rank, instance=token, token=token, transport=text, reason=text),
 )
 
 HELLO = Hello(1, 2, 2, b"i" * 16, "host", ["shared_memory"], "", 1000, False)
