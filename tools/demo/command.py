@@ -61,7 +61,8 @@ def _run(prompts: tuple[str, ...], count: int | None, max_new_tokens: int, mode:
     """Run the demo, print its result, and return the exit status."""
     # Only now, because these import the packages that the caller has looked for.
     from llm_datadist.tools.demo.choose_screen import choose_screen, make_console
-    from llm_datadist.tools.demo.coordinator import BadInputError, DemoError, run_demo
+    from llm_datadist.tools.demo.coordinator import run_demo
+    from llm_datadist.tools.demo.errors import BadInputError, DemoError
     from llm_datadist.tools.demo.report import as_document, print_report
 
     console = make_console()

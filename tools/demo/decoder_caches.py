@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol
 
-from llm_datadist import BlocksCacheKey, CacheKey, KvCacheManager
+from llm_datadist import BlocksCacheKey, CacheKey, KvCacheManager, LLMException
 from llm_datadist.examples.smollm2 import ContiguousSequence, Hyperparameters, KvSequence, PagedSequence
 from llm_datadist.tools.demo.block_allocator import BlockAllocator
 from llm_datadist.tools.demo.kv_layout import (
     BLOCK_SIZE,
     DECODE_SLOTS,
-    PROMPT_CLUSTER,
     blocks_desc,
     blocks_of,
     cache_arrays,
@@ -36,8 +35,8 @@ class Arrival(NamedTuple):
 class DecoderCaches(Protocol):
     """KV memory of the requests that are being decoded."""
 
-    def pull(self, prefilled: Prefilled, max_new_tokens: int) -> Arrival:
-        """Pull a request into memory that has room for its answer."""
+    def pull(self, prefilled: Prefilled) -> Arrival:
+        """Pull a request into memory that has room for its answer; if that fails, the memory is free again."""
 
     def release(self, request: int) -> None:
         """Use the memory of a request for others."""
@@ -57,14 +56,18 @@ class DecoderSlots:
         self._free = list(range(DECODE_SLOTS))
         self._slots: dict[int, int] = {}
 
-    def pull(self, prefilled: Prefilled, max_new_tokens: int) -> Arrival:
+    def pull(self, prefilled: Prefilled) -> Arrival:
         slot = self._free.pop(0)
         self._slots[prefilled.request] = slot
         # The rest of the slot is unused; a pull of the first bytes releases the key like a pull of the whole.
         size = prefilled.prompt_tokens * token_bytes(self._sizes)
-        key = CacheKey(PROMPT_CLUSTER, prefilled.request)
+        key = CacheKey(prefilled.prompt_cluster, prefilled.request)
         started = time.perf_counter()
-        self._manager.pull_cache(key, self._cache, batch_index=slot, size=size)
+        try:
+            self._manager.pull_cache(key, self._cache, batch_index=slot, size=size)
+        except LLMException:
+            self.release(prefilled.request)
+            raise
         pull_s = time.perf_counter() - started
         return Arrival(
             ContiguousSequence(self._arrays, slot), f"slot {slot}", size * self._sizes.num_kv_tensors, pull_s
@@ -90,12 +93,18 @@ class DecoderBlocks:
         self._blocks = BlockAllocator(desc.shape[0])
         self._block_tables: dict[int, list[int]] = {}
 
-    def pull(self, prefilled: Prefilled, max_new_tokens: int) -> Arrival:
-        block_table = self._blocks.allocate(blocks_of(prefilled.prompt_tokens + max_new_tokens))
+    def pull(self, prefilled: Prefilled) -> Arrival:
+        tokens = prefilled.prompt_tokens + prefilled.max_new_tokens
+        block_table = self._blocks.allocate(blocks_of(tokens))
         self._block_tables[prefilled.request] = block_table
         theirs, ours = prefilled.blocks, block_table[: len(prefilled.blocks)]
+        key = BlocksCacheKey(prefilled.prompt_cluster)
         started = time.perf_counter()
-        self._manager.pull_blocks(BlocksCacheKey(PROMPT_CLUSTER), self._cache, theirs, ours)
+        try:
+            self._manager.pull_blocks(key, self._cache, theirs, ours)
+        except LLMException:
+            self.release(prefilled.request)
+            raise
         pull_s = time.perf_counter() - started
         nbytes = len(ours) * BLOCK_SIZE * token_bytes(self._sizes) * self._sizes.num_kv_tensors
         return Arrival(PagedSequence(self._arrays, block_table), f"{len(ours)} blocks", nbytes, pull_s)

@@ -11,7 +11,7 @@ from llm_datadist import CacheDesc, DataType, KvCache
 from llm_datadist.examples.smollm2 import Hyperparameters
 from llm_datadist.views import tensor_view
 
-PROMPT_CLUSTER = 1
+PROMPT_CLUSTER = 1  # of the two processes of one host
 DECODER_CLUSTER = 2
 
 MAX_TOKENS = 1024  # of one request: prompt and answer

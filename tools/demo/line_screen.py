@@ -19,20 +19,22 @@ class LineScreen(Screen):
     def loading(self, what: str) -> None:
         self._line(what)
 
-    def serving(self, records: Sequence[RequestRecord], prefill_pid: int, decode_pid: int) -> None:
+    def serving(self, records: Sequence[RequestRecord], where: str) -> None:
         tokens = sum(record.prompt_tokens for record in records)
         self._line(f"{len(records)} requests, {tokens} prompt tokens")
-        self._line(f"prefill in process {prefill_pid}, decode in process {decode_pid}")
+        self._line(where)
 
     def prefilled(self, record: RequestRecord) -> None:
         assert record.prefilled is not None
-        prefill_ms = record.prefilled.prefill_s * 1e3
-        self._line(f"#{record.request.number} prefilled: {record.prompt_tokens} tokens in {prefill_ms:.0f} ms")
+        done = f"#{record.request.number} prefilled{_by(record.prefilled_by)}"
+        self._line(f"{done}: {record.prompt_tokens} tokens in {record.prefilled.prefill_s * 1e3:.0f} ms")
 
     def pulled(self, record: RequestRecord) -> None:
         assert record.pulled is not None
-        _, place, nbytes, pull_s = record.pulled
-        self._line(f"#{record.request.number} pulled: {nbytes:,} bytes in {pull_s * 1e3:.2f} ms into {place}")
+        pulled = record.pulled
+        done = f"#{record.request.number} pulled{_by(record.decoded_by)}"
+        how = f"over {pulled.transport} in {pulled.pull_s * 1e3:.2f} ms"
+        self._line(f"{done}: {pulled.nbytes:,} bytes {how} into {pulled.place}")
 
     def answered(self, record: RequestRecord) -> None:
         assert record.answered is not None
@@ -41,9 +43,16 @@ class LineScreen(Screen):
         for line in record.answered.text.splitlines():
             self._line(f"    {line}")
 
+    def retried(self, record: RequestRecord, reason: str) -> None:
+        self._line(f"#{record.request.number} again: {reason}")
+
     def checking(self, done: int, total: int) -> None:
         if done == 0:
             self._line("the same prompts in one process, for comparison ...")
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _by(name: str) -> str:
+    return f" by {name}" if name else ""

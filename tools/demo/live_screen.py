@@ -46,8 +46,8 @@ class LiveScreen(Screen):
     def loading(self, what: str) -> None:
         self._progress.update(self._task, description=what, total=None)
 
-    def serving(self, records: Sequence[RequestRecord], prefill_pid: int, decode_pid: int) -> None:
-        self._print(f"prefill in process {prefill_pid}, decode in process {decode_pid}", "bold")
+    def serving(self, records: Sequence[RequestRecord], where: str) -> None:
+        self._print(where, "bold")
         self._prompt_tokens = sum(record.prompt_tokens for record in records)
         self._advance("prefill", 0, self._prompt_tokens, "tokens")
 
@@ -72,6 +72,12 @@ class LiveScreen(Screen):
         first_line = record.request.prompt.partition("\n")[0]
         self._print(f"\n#{record.request.number} {first_line}", "bold cyan")
         self._print(record.answered.text)
+
+    def retried(self, record: RequestRecord, reason: str) -> None:
+        self._growing.pop(record.request.number, None)
+        if record.prefilled is not None:
+            self._prefilled_tokens -= record.prompt_tokens
+        self._print(f"#{record.request.number} again: {reason}", "yellow")
 
     def checking(self, done: int, total: int) -> None:
         self._advance("the same prompts in one process", done, total, "answers")

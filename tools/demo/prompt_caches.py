@@ -1,7 +1,7 @@
 """KV memory of the prefill process, in its two forms.
 
-A request goes through `place` (memory to prefill into), `publish` (the decoder may pull) and `pulled` (the memory may
-be used again). `close` gives everything back.
+A request goes through `place` (memory to prefill into), `publish` (decoders may pull) and `pulled` (the memory may be
+used again), or `drop` if nobody is going to pull it. `close` gives everything back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from llm_datadist import BlocksCacheKey, CacheKey, KvCache, KvCacheManager
 from llm_datadist.examples.smollm2 import ContiguousSequence, Hyperparameters, KvSequence, PagedSequence
 from llm_datadist.tools.demo.block_allocator import BlockAllocator
 from llm_datadist.tools.demo.kv_layout import (
-    PROMPT_CLUSTER,
     PROMPTS_IN_FLIGHT,
     blocks_desc,
     blocks_of,
@@ -31,10 +30,13 @@ class PromptCaches(Protocol):
         """Return memory for the prompt of a request."""
 
     def publish(self, request: int) -> list[int]:
-        """Let the decoder pull the request; return its block table, empty if its key is enough."""
+        """Let decoders pull the request; return its block table, empty if its key is enough."""
 
     def pulled(self, request: int) -> None:
-        """Take note that the decoder has pulled the request."""
+        """Take note that a decoder has pulled the request."""
+
+    def drop(self, request: int) -> None:
+        """Take back a published request, whether or not it was pulled."""
 
     def close(self) -> None:
         """Give back all memory."""
@@ -43,9 +45,10 @@ class PromptCaches(Protocol):
 class RequestCaches:
     """A cache of its own for each request, named by a CacheKey (mode "cache")."""
 
-    def __init__(self, manager: KvCacheManager, sizes: Hyperparameters) -> None:
+    def __init__(self, manager: KvCacheManager, sizes: Hyperparameters, cluster_id: int) -> None:
         self._manager = manager
         self._sizes = sizes
+        self._cluster_id = cluster_id
         self._filling: dict[int, KvCache] = {}
         self._published: set[int] = set()
 
@@ -54,7 +57,7 @@ class RequestCaches:
 
     def place(self, request: int, tokens: int) -> KvSequence:
         desc = contiguous_desc(self._sizes, slots=1)
-        cache = self._manager.allocate_cache(desc, [CacheKey(PROMPT_CLUSTER, request)])
+        cache = self._manager.allocate_cache(desc, [CacheKey(self._cluster_id, request)])
         self._filling[request] = cache
         return ContiguousSequence(cache_arrays(cache), slot=0)
 
@@ -67,20 +70,24 @@ class RequestCaches:
     def pulled(self, request: int) -> None:
         self._published.remove(request)
 
+    def drop(self, request: int) -> None:
+        self._manager.remove_cache_key(CacheKey(self._cluster_id, request))
+        self._published.remove(request)
+
     def close(self) -> None:
         for cache in self._filling.values():
             self._manager.deallocate_cache(cache)
-        for request in self._published:
-            self._manager.remove_cache_key(CacheKey(PROMPT_CLUSTER, request))
+        for request in list(self._published):
+            self.drop(request)
 
 
 class PromptBlocks:
     """One paged cache for all requests, named by a BlocksCacheKey (mode "blocks")."""
 
-    def __init__(self, manager: KvCacheManager, sizes: Hyperparameters) -> None:
+    def __init__(self, manager: KvCacheManager, sizes: Hyperparameters, cluster_id: int) -> None:
         desc = blocks_desc(sizes, PROMPTS_IN_FLIGHT)
         self._manager = manager
-        self._cache = manager.allocate_blocks_cache(desc, BlocksCacheKey(PROMPT_CLUSTER))
+        self._cache = manager.allocate_blocks_cache(desc, BlocksCacheKey(cluster_id))
         self._arrays = cache_arrays(self._cache)
         self._blocks = BlockAllocator(desc.shape[0])
         self._block_tables: dict[int, list[int]] = {}
@@ -98,6 +105,9 @@ class PromptBlocks:
 
     def pulled(self, request: int) -> None:
         self._blocks.free(self._block_tables.pop(request))
+
+    def drop(self, request: int) -> None:
+        self.pulled(request)
 
     def close(self) -> None:
         self._arrays = ()

@@ -101,6 +101,7 @@ def _request_document(record: RequestRecord) -> dict[str, Any]:
         "prompt_tokens": record.prompt_tokens,
         "prefill_ms": prefilled.prefill_s * 1e3,
         "kv_bytes": pulled.nbytes,
+        "transport": pulled.transport,
         "pull_ms": pulled.pull_s * 1e3,
         "pull_gigabytes_per_s": record.gigabytes_per_s,
         "first_decoded_token_ms": _milliseconds(record.first_decoded_token_s),

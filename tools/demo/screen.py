@@ -22,8 +22,8 @@ class Screen:
     def loading(self, what: str) -> None:
         """Show that something slow begins."""
 
-    def serving(self, records: Sequence[RequestRecord], prefill_pid: int, decode_pid: int) -> None:
-        """Show that the prompts are tokenised and the first prefill begins."""
+    def serving(self, records: Sequence[RequestRecord], where: str) -> None:
+        """Show that the prompts are tokenised, where the work is done, and that the first prefill begins."""
 
     def prefilling(self, request: int, tokens: int) -> None:
         """Show how many tokens of a prompt are done."""
@@ -39,6 +39,9 @@ class Screen:
 
     def answered(self, record: RequestRecord) -> None:
         """Show a complete answer."""
+
+    def retried(self, record: RequestRecord, reason: str) -> None:
+        """Show that a request begins again from its prompt."""
 
     def checking(self, done: int, total: int) -> None:
         """Show how many answers of the reference are there."""

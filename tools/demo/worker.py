@@ -11,13 +11,10 @@ from typing import Any, Callable
 
 from llm_datadist import LLMConfig, LLMDataDist, LLMRole
 from llm_datadist.tools.demo.messages import Failed
+from llm_datadist.tools.demo.prompt_tokens import InputError
 
 HOST = "127.0.0.1"
 _WAIT_S = 600.0  # the parent notices dead and silent workers earlier; this ends a worker that it has forgotten
-
-
-class InputError(Exception):
-    """The user's input cannot be processed; shown without a traceback."""
 
 
 def run_worker(connection: Connection, body: Callable[..., None], *args: object) -> None:
@@ -44,14 +41,14 @@ def receive(connection: Connection) -> Any:
 
 
 @contextlib.contextmanager
-def open_datadist(role: LLMRole, cluster_id: int, pool_bytes: int, port: int | None = None) -> Iterator[LLMDataDist]:
-    """Give an initialised LLMDataDist with a pool of `pool_bytes`; a PROMPT needs the `port` to listen on."""
+def open_datadist(role: LLMRole, cluster_id: int, pool_bytes: int, listen_ip_info: str = "") -> Iterator[LLMDataDist]:
+    """Give an initialised LLMDataDist with a pool of `pool_bytes`; a PROMPT needs to know where to listen."""
     config = LLMConfig()
     config.device_id = 0
     config.mem_utilization = 1.0
     config.ge_options = {"ge.flowGraphMemMaxSize": str(pool_bytes)}
-    if port is not None:
-        config.listen_ip_info = f"{HOST}:{port}"
+    if listen_ip_info:
+        config.listen_ip_info = listen_ip_info
     datadist = LLMDataDist(role, cluster_id)
     datadist.init(config.generate_options())
     try:
