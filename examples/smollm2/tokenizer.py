@@ -35,6 +35,7 @@ class ChatTokenizer:
         # A message that spells out a special token is text: only the template puts special tokens in.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.num_tokens = len(vocabulary)
         self._turn_start = vocabulary.index("<|im_start|>")
         self.end_of_turn = int(metadata(reader, "tokenizer.ggml.eos_token_id"))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Callable, NamedTuple, Union
 
 import numpy as np
@@ -57,8 +59,8 @@ class DecodeBatch:
         The model.
     mode : str
         ``"cache"`` or ``"blocks"``.
-    tell : callable
-        Called with what happens to the requests.
+    hold : callable
+        Gives the context manager in which a pull from a cluster runs; it may raise LLMException.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class DecodeBatch:
         tokenizer: ChatTokenizer,
         model: SmolLM2,
         mode: str,
-        tell: Callable[[Report], None],
+        hold: Callable[[int], AbstractContextManager[None]] = lambda cluster_id: nullcontext(),
     ) -> None:
         make_caches = DecoderSlots if mode == "cache" else DecoderBlocks
         self._datadist = datadist
         self._tokenizer = tokenizer
         self._model = model
         self._caches: DecoderCaches = make_caches(datadist.kv_cache_manager, model.hyperparameters)
-        self._tell = tell
+        self._hold = hold
         self._waiting: list[_Waiting] = []
         self._active: list[_Sequence] = []
         self._peak = pool_statistics(datadist).used
@@ -100,14 +102,16 @@ class DecodeBatch:
             self._active = [sequence for sequence in self._active if sequence.request != request]
             self._caches.release(request)
 
-    def step(self) -> None:
-        """Let requests join where there are places, then make the next token of each request."""
+    def step(self) -> Iterator[Report]:
+        """Let requests join where there are places, then make the next token of each; yields what happens to them."""
         waiting, self._waiting = self._waiting, []
         for candidate in waiting:
-            if len(self._active) == DECODE_SLOTS or not self._join(candidate):
+            if len(self._active) == DECODE_SLOTS:
                 self._waiting.append(candidate)
+            else:
+                yield from self._join(candidate)
         if self._active:
-            self._decode()
+            yield from self._decode()
 
     def close(self) -> None:
         """Give back all memory."""
@@ -118,31 +122,32 @@ class DecodeBatch:
         statistics = pool_statistics(self._datadist)
         return PoolLevel(statistics.capacity, self._peak, statistics.used)
 
-    def _join(self, candidate: _Waiting) -> bool:
-        """Pull a request and put it into the batch; False if it has to wait for its link."""
+    def _join(self, candidate: _Waiting) -> Iterator[Report]:
+        """Pull a request and put it into the batch, or let it wait for its link."""
         prefilled = candidate.prefilled
         try:
-            kv, place, nbytes, pull_s = self._caches.pull(prefilled)
+            with self._hold(prefilled.prompt_cluster):
+                kv, place, nbytes, pull_s = self._caches.pull(prefilled)
         except LLMException as error:
             early = time.monotonic() - candidate.since_s < _LINK_GRACE_S
             if error.status_code == LLMStatusCode.LLM_NOT_YET_LINK and early:
-                return False
-            self._tell(RequestFailed(prefilled.request, str(error), bad_input=False))
-            return True
-        self._tell(Pulled(prefilled.request, place, nbytes, pull_s, self._transport(prefilled.prompt_cluster)))
+                self._waiting.append(candidate)
+            else:
+                yield RequestFailed(prefilled.request, str(error), bad_input=False)
+            return
         sequence = _Sequence(prefilled, kv, TextStream(self._tokenizer))
-        self._tell(Decoded([(sequence.request, sequence.text.push(prefilled.first_token))]))
-        if not self._leave_if_complete(sequence):
-            self._active.append(sequence)
-        return True
+        self._active.append(sequence)
+        yield Pulled(prefilled.request, place, nbytes, pull_s, self._transport(prefilled.prompt_cluster))
+        yield Decoded([(sequence.request, sequence.text.push(prefilled.first_token))])
+        yield from self._let_go([sequence])
 
     def _transport(self, cluster_id: int) -> str:
         # A link may go in the very moment after a pull.
         found = (link.transport for link in describe_links(self._datadist) if link.cluster_id == cluster_id)
         return next(found, "a link that is gone")
 
-    def _decode(self) -> None:
-        batch = self._active
+    def _decode(self) -> Iterator[Report]:
+        batch = list(self._active)
         logits = self._model.decode(
             [sequence.token_ids[-1] for sequence in batch],
             [sequence.position for sequence in batch],
@@ -158,17 +163,19 @@ class DecodeBatch:
             if sequence.first_decoded_s is None:
                 sequence.first_decoded_s = now
             pieces.append((sequence.request, sequence.text.push(token)))
-        self._tell(Decoded(pieces))
-        self._active = [sequence for sequence in batch if not self._leave_if_complete(sequence)]
+        yield Decoded(pieces)
+        yield from self._let_go(batch)
 
-    def _leave_if_complete(self, sequence: _Sequence) -> bool:
-        token_ids = sequence.token_ids
-        if len(token_ids) < sequence.max_new_tokens and token_ids[-1] != self._tokenizer.end_of_turn:
-            return False
-        self._caches.release(sequence.request)
-        decode_s = time.monotonic() - sequence.joined_s
-        text = self._tokenizer.decode(token_ids)
-        self._tell(
-            Answered(sequence.request, token_ids, sequence.logits_checksum, text, sequence.first_decoded_s, decode_s)
-        )
-        return True
+    def _let_go(self, sequences: list[_Sequence]) -> Iterator[Answered]:
+        """Take those out of the batch that are complete."""
+        for sequence in sequences:
+            token_ids = sequence.token_ids
+            if len(token_ids) < sequence.max_new_tokens and token_ids[-1] != self._tokenizer.end_of_turn:
+                continue
+            self._active.remove(sequence)
+            self._caches.release(sequence.request)
+            decode_s = time.monotonic() - sequence.joined_s
+            text = self._tokenizer.decode(token_ids)
+            yield Answered(
+                sequence.request, token_ids, sequence.logits_checksum, text, sequence.first_decoded_s, decode_s
+            )

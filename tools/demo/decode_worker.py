@@ -18,7 +18,7 @@ def decode_requests(connection: Connection, mode: str) -> None:
     tokenizer, model = ChatTokenizer(file), SmolLM2.load(file)
     capacity = pool_bytes(model.hyperparameters, DECODE_SLOTS)
     with open_datadist(LLMRole.DECODER, DECODER_CLUSTER, capacity) as datadist:
-        batch = DecodeBatch(datadist, tokenizer, model, mode, connection.send)
+        batch = DecodeBatch(datadist, tokenizer, model, mode)
         listening = receive(connection)
         assert isinstance(listening, Listening)
         prompt = _cluster(listening.port)
@@ -42,7 +42,8 @@ def _decode(connection: Connection, batch: DecodeBatch) -> None:
             else:
                 batch.add(message)
             idle = False
-        batch.step()
+        for report in batch.step():
+            connection.send(report)
 
 
 def _cluster(port: int) -> LLMClusterInfo:
