@@ -7,6 +7,8 @@ import click
 from llm_datadist.tools.bench.command import bench
 from llm_datadist.tools.cluster_file import cluster_file
 from llm_datadist.tools.demo.command import demo
+from llm_datadist.tools.demo.network.check_command import demo_check
+from llm_datadist.tools.demo.network.command import demo_worker
 from llm_datadist.tools.launch import launch
 from llm_datadist.tools.registry.serve_command import registry
 from llm_datadist.tools.registry.status_command import registry_check, registry_status
@@ -21,6 +23,8 @@ def main() -> None:
 main.add_command(bench)
 main.add_command(cluster_file)
 main.add_command(demo)
+main.add_command(demo_check)
+main.add_command(demo_worker)
 main.add_command(launch)
 main.add_command(registry)
 main.add_command(registry_check)
