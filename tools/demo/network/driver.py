@@ -253,7 +253,7 @@ class Driver:
         self._screen.retried(record, reason)
         if record.attempts == _MOST_ATTEMPTS:
             raise DemoError(f"request {record.request.number} failed {_MOST_ATTEMPTS} times, at last: {reason}")
-        self._queue.append((time.monotonic() + _BACKOFF_S * record.attempts, record))
+        self._queue.appendleft((time.monotonic() + _BACKOFF_S * record.attempts, record))
         record.attempts += 1
         record.prefilled = record.pulled = None
         record.prefilled_by = record.decoded_by = ""
