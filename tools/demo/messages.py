@@ -109,19 +109,27 @@ class RequestFailed:
 
 @dataclass(frozen=True)
 class LevelQuery:
-    """To a service: how full is your pool? Answered by a PoolLevel."""
+    """To a service: how full is your pool? Answered by a ServiceLevel."""
 
 
 @dataclass(frozen=True)
 class PoolLevel:
-    """Bytes of a pool.
-
-    Of a worker: at its end, after every cache was given back. Of a service: beyond those that it holds when it is idle.
-    """
+    """Prefill or decode worker, at its end: bytes of its pool after every cache was given back."""
 
     capacity: int
     peak: int
     used: int
+
+
+@dataclass(frozen=True)
+class ServiceLevel:
+    """Service: bytes of its pool, and the requests that explain them."""
+
+    capacity: int
+    peak: int
+    used: int  # beyond what it holds when it is idle
+    yours: int  # requests of the one that asks
+    others: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any, Callable
 
-from llm_datadist.tools.demo.messages import Decoded, PoolLevel, StillHere
+from llm_datadist.tools.demo.messages import Decoded, PoolLevel, ServiceLevel, StillHere
 from llm_datadist.tools.demo.network.service_socket import Caller, ServiceSocket
 
 _log = logging.getLogger("llm_datadist.demo")
@@ -50,12 +50,11 @@ class Callers:
         elif message.request in self._callers:
             self._send(self._callers[message.request], message)
 
-    def answer_level(self, caller: Caller, level: PoolLevel) -> None:
-        """Tell a driver how full the pool is; bytes that requests of others explain are not its business."""
-        mine = any(owner == caller for owner in self._callers.values())
-        others = any(owner != caller for owner in self._callers.values())
-        used = 0 if others and not mine else level.used
-        self._send(caller, PoolLevel(level.capacity, level.peak, used))
+    def answer_level(self, caller: Caller, level: PoolLevel, idle_bytes: int) -> None:
+        """Tell a driver how full the pool is."""
+        yours = sum(owner == caller for owner in self._callers.values())
+        used = max(0, level.used - idle_bytes)
+        self._send(caller, ServiceLevel(level.capacity, level.peak, used, yours, len(self._callers) - yours))
 
     def look(self) -> None:
         """Drop the requests of drivers that are gone; call it again and again. Now and then it asks who is."""

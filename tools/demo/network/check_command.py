@@ -7,7 +7,7 @@ import sys
 import click
 import zmq
 
-from llm_datadist.tools.demo.messages import LevelQuery, PoolLevel
+from llm_datadist.tools.demo.messages import LevelQuery, ServiceLevel
 from llm_datadist.tools.demo.network.wire import WireError, decode, encode
 
 EXIT_FAILED = 1
@@ -34,10 +34,10 @@ def demo_check(service: str, timeout: float) -> None:
     except (TimeoutError, WireError, zmq.ZMQError) as error:
         click.echo(f"llm-datadist demo-check: {service}: {error}", err=True)
         sys.exit(EXIT_FAILED)
-    click.echo(f"{service} answers, {level.used:,} of {level.capacity:,} bytes used")
+    click.echo(f"{service} answers, requests: {level.others}, bytes used: {level.used:,} of {level.capacity:,}")
 
 
-def _ask(service: str, timeout_s: float) -> PoolLevel:
+def _ask(service: str, timeout_s: float) -> ServiceLevel:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.connect(service)
@@ -45,6 +45,6 @@ def _ask(service: str, timeout_s: float) -> PoolLevel:
         if not socket.poll(int(timeout_s * 1000)):
             raise TimeoutError(f"no answer within {timeout_s:g} s")
         level = decode(socket.recv())
-    if not isinstance(level, PoolLevel):
-        raise WireError(f"answers with {type(level).__name__}, should be PoolLevel")
+    if not isinstance(level, ServiceLevel):
+        raise WireError(f"answers with {type(level).__name__}, should be ServiceLevel")
     return level

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_datadist.tools.demo.decode_batch import DecodeBatch, Report
 from llm_datadist.tools.demo.kv_layout import MAX_TOKENS
-from llm_datadist.tools.demo.messages import Answered, Cancel, LevelQuery, PoolLevel, Prefilled, RequestFailed
+from llm_datadist.tools.demo.messages import Answered, Cancel, LevelQuery, Prefilled, RequestFailed
 from llm_datadist.tools.demo.network.callers import Callers
 from llm_datadist.tools.demo.network.service_socket import Caller, ServiceSocket
 
@@ -59,10 +59,7 @@ class DecoderService:
             self._callers.done(message.request)
             self._batch.cancel(message.request)
         elif isinstance(message, LevelQuery):
-            level = self._batch.level()
-            self._callers.answer_level(
-                caller, PoolLevel(level.capacity, level.peak, max(0, level.used - self._idle_bytes))
-            )
+            self._callers.answer_level(caller, self._batch.level(), self._idle_bytes)
         else:
             _log.warning("a decoder cannot do anything with a %s", type(message).__name__)
 

@@ -24,6 +24,7 @@ from llm_datadist.tools.demo.messages import (
     PrefillProgress,
     Pulled,
     RequestFailed,
+    ServiceLevel,
 )
 from llm_datadist.tools.demo.network.attempt import Attempt
 from llm_datadist.tools.demo.network.service_connection import ServiceConnection
@@ -93,7 +94,7 @@ class Driver:
             if time.monotonic() > deadline:
                 there = _names(self._services.ready()) or "nobody"
                 raise DemoError(
-                    f"{prompts} prompts and {decoders} decoders are not there within {self._wait_s:.0f} s: {there} is"
+                    f"{prompts} prompts and {decoders} decoders are not there within {self._wait_s:g} s: {there} is"
                 )
             self._services.poll(_POLL_S)
 
@@ -115,7 +116,7 @@ class Driver:
                 served_s = time.monotonic()
             elif time.monotonic() - served_s > self._wait_s:
                 there = _names(self._services.ready()) or "nobody"
-                raise DemoError(f"no prompt or no decoder for {self._wait_s:.0f} s: {there} is there")
+                raise DemoError(f"no prompt or no decoder for {self._wait_s:g} s: {there} is there")
             self._assign()
             self._handle(_POLL_S)
             self._give_up_silent()
@@ -179,14 +180,19 @@ class Driver:
         for service, message in self._services.poll(timeout_s):
             if message is None:
                 self._on_lost(service)
-            elif isinstance(message, PoolLevel):
-                self._levels[service] = message
+            elif isinstance(message, ServiceLevel):
+                self._on_level(service, message)
             elif isinstance(message, Decoded):
                 self._on_decoded(message)
             elif type(message) in self._handlers and message.request in self._attempts:
                 attempt = self._attempts[message.request]
                 attempt.heard_s = time.monotonic()
                 self._handlers[type(message)](attempt, message)
+
+    def _on_level(self, service: ServiceConnection, level: ServiceLevel) -> None:
+        # Bytes that requests of others explain are not this run's.
+        used = 0 if level.others and not level.yours else level.used
+        self._levels[service] = PoolLevel(level.capacity, level.peak, used)
 
     def _on_lost(self, service: ServiceConnection) -> None:
         self._levels.pop(service, None)

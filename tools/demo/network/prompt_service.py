@@ -12,7 +12,6 @@ from llm_datadist.tools.demo.kv_layout import MAX_TOKENS
 from llm_datadist.tools.demo.messages import (
     Cancel,
     LevelQuery,
-    PoolLevel,
     Prefill,
     PrefillProgress,
     Pulled,
@@ -76,10 +75,7 @@ class PromptService:
             self._callers.done(message.request)
             self._drop(message.request)
         elif isinstance(message, LevelQuery):
-            level = self._prefiller.level()
-            self._callers.answer_level(
-                caller, PoolLevel(level.capacity, level.peak, max(0, level.used - self._idle_bytes))
-            )
+            self._callers.answer_level(caller, self._prefiller.level(), self._idle_bytes)
         else:
             _log.warning("a prompt cannot do anything with a %s", type(message).__name__)
 

@@ -12,12 +12,12 @@ from llm_datadist.tools.demo.messages import (
     Cancel,
     Decoded,
     LevelQuery,
-    PoolLevel,
     Prefill,
     Prefilled,
     PrefillProgress,
     Pulled,
     RequestFailed,
+    ServiceLevel,
     StillHere,
 )
 
@@ -37,7 +37,7 @@ _TYPES: dict[str, type[Any]] = {
         Cancel,
         RequestFailed,
         LevelQuery,
-        PoolLevel,
+        ServiceLevel,
         StillHere,
     )
 }
