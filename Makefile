@@ -9,7 +9,7 @@ NATIVE := $(wildcard llm_datadist/*.pyx llm_datadist/*.pxd llm_datadist/include/
 SOURCES := llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites setup demo test lint typecheck format conformance docs bench bench-peers wheel clean
+.PHONY: help prerequisites setup demo test lint typecheck format compose-test conformance docs bench bench-peers wheel clean
 
 help:
 	@echo "make demo     a real model answers across two processes (options: make demo ARGS='--mode blocks')"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint     ruff, mypy --strict, cython-lint"
 	@echo "make format   rewrite the Python files in the form that make lint asks for"
 	@echo "make docs     the user guide, in build/docs"
+	@echo "make compose-test   a cluster of containers at work, with deaths; needs Docker, or root to start a daemon"
 	@echo "make conformance   the tests of the documented interface, line by line, and docs/conformance.md"
 	@echo "make bench    the benchmarks (options: make bench ARGS='--only pulls'); with others once there are peers"
 	@echo "make bench-peers   the environment of NIXL and Mooncake, in build/peers"
@@ -72,6 +73,10 @@ typecheck: setup
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# Where no Docker daemon answers, root gets one in name spaces of its own: dockerd, debootstrap, docker-compose needed.
+compose-test: setup
+	$(BIN)/python -m tests.compose
 
 # The table is written from failed tests too, and says so.
 conformance: setup
