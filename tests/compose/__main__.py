@@ -16,9 +16,9 @@ WORKERS = ("prompt-0", "prompt-1", "decoder-0", "decoder-1")
 VICTIMS = ("decoder-1", "prompt-1")
 PAIRS = {(prompt, decoder) for prompt in ("prompt-0", "prompt-1") for decoder in ("decoder-0", "decoder-1")}
 
-WORK_S = 240.0  # for a workload; it takes a quarter of it on two idle cores
-GONE_S = 30.0  # for the registry to notice a death: the lease is 10 s
-BACK_S = 60.0
+WORK_S = 400.0  # for a workload; on two idle cores it takes an eighth of it
+GONE_S = 60.0  # for the registry to notice a death: the lease is 10 s
+BACK_S = 120.0
 
 
 def main() -> int:
@@ -55,6 +55,11 @@ def workers_die_and_come_back(daemon: Daemon) -> None:
             cluster.start(VICTIMS)
             wait_until("both are announced again", lambda: set(cluster.members()) == set(WORKERS), BACK_S)
             cluster.wait_until_healthy(VICTIMS)
+        with step("kill the registry and start it again"):
+            cluster.kill("registry")
+            cluster.start(["registry"])
+            cluster.wait_until_healthy(["registry"])
+            wait_until("all workers have said who they are", lambda: set(cluster.members()) == set(WORKERS), BACK_S)
         with step("work with all of them"), running_workload(cluster, requests=12, max_new_tokens=8) as work:
             work.finish(WORK_S)
             pairs = {(prompt, decoder) for prompt, decoder, _ in work.pulls}

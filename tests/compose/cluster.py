@@ -17,7 +17,7 @@ from tests.compose.steps import Failed, complain, require, run, step, wait_until
 REGISTRY = "tcp://registry:5510"
 
 _UP_S = 120.0
-_HEALTHY_S = 120.0
+_HEALTHY_S = 240.0
 _DOWN_S = 60.0
 _ONE_S = 30.0
 

@@ -141,6 +141,24 @@ def test_a_dead_decoder_costs_no_answer_and_may_come_back(network: Network) -> N
     assert {request["decoded_by"] for request in json.loads(output)["requests"]} == {"decoder-2", "decoder-3"}
 
 
+def test_a_stopped_decoder_is_given_up_and_works_again_when_it_goes_on(network: Network) -> None:
+    network.start_worker("prompt", 1)
+    names = network.start_worker("decoder", 2), network.start_worker("decoder", 3)
+    with network.demo("--min-decoders", "2", "--requests", "4", "--max-new-tokens", "24") as demo:
+        wait_for_line(demo, r"#\d+ pulled by decoder-3:")
+        network.processes["decoder-3"].send_signal(signal.SIGSTOP)
+        output, errors = demo.communicate(timeout=RUN_S)
+    assert demo.returncode == 0, errors
+    assert re.search(r"#\d+ again: decoder-3 is gone", output)
+
+    network.processes["decoder-3"].send_signal(signal.SIGCONT)
+    network.wait_for("prompt-1", *names)
+    with network.demo("--min-decoders", "2", "--json", "--requests", "4", "--max-new-tokens", "2") as demo:
+        output, errors = demo.communicate(timeout=RUN_S)
+    assert demo.returncode == 0, errors
+    assert {request["decoded_by"] for request in json.loads(output)["requests"]} == set(names)
+
+
 def test_a_dead_prompt_costs_no_answer(network: Network) -> None:
     network.start_worker("prompt", 1)
     network.start_worker("prompt", 2)
