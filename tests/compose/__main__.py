@@ -69,13 +69,15 @@ def workers_die_and_come_back(daemon: Daemon) -> None:
 def _work_with_deaths(cluster: Cluster) -> None:
     decoder, prompt = VICTIMS
     with running_workload(cluster, requests=20, max_new_tokens=32) as work:
+        work.follow_until("answered:", WORK_S)
         work.follow_until(f"pulled by {decoder}:", WORK_S)
         cluster.kill(decoder)
         say(f"killed {decoder}, which was decoding")
         work.follow_until(f"prefilled by {prompt}:", WORK_S)
         cluster.kill(prompt)
         say(f"killed {prompt}, which had more to prefill")
-        require(len(work.answered) < 10, f"they died in the middle: {len(work.answered)} of 20 requests were answered")
+        answered = len(work.answered)
+        require(1 <= answered <= 12, f"they died in the middle: {answered} of 20 requests were answered")
         work.finish(WORK_S)
     for victim in VICTIMS:
         again = sum(reason == f"{victim} is gone" for reason in work.again)
