@@ -25,10 +25,6 @@ cdef struct Flow:
     uint64_t num_ranges
     const void *tail
     uint64_t tail_nbytes
-    int file                  # descriptor + 1 of a file whose mapping the ranges may lie in; 0 = none
-    uint64_t file_address     # of its mapping here
-    uint64_t file_nbytes
-    bint lent                 # set when pages of the file were sent without a copy: they must stay as they are for now
     bint summed               # whether `checksum` is to be the CRC-32C of what lies between head and tail
     uint64_t checksum
     uint64_t left             # bytes of all

@@ -1,15 +1,11 @@
 """Bytes on a stream socket: straight out of scattered memory, and straight into it.
 
-Large ranges of a file that is mapped are lent to the kernel instead of being copied (sendfile(2)): it reads them when
-the bytes leave, and again when they are lost on the way. Whoever lends them must not let them change until the other
-side has said that it has everything.
-
 A wait looks at the gate every few milliseconds, so a deadline, a dead peer or a closing link ends it. Before it sleeps
 it looks at the socket for a moment: an answer from the same rack comes sooner than a sleeping thread wakes up.
 """
 
-from libc.errno cimport EAGAIN, EFAULT, EINVAL, EINTR, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
+from libc.stdint cimport uint32_t, uint64_t
 
 from llm_datadist._atomics cimport monotonic_ns
 from llm_datadist._copy cimport Gate, stopped
@@ -17,12 +13,6 @@ from llm_datadist._copy cimport Gate, stopped
 cdef extern from "crc32c.h" nogil:
     void crc32c_prepare()
     uint32_t crc32c(uint32_t crc, const void *bytes, size_t nbytes)
-
-cdef extern from "quiet_pipe.h" nogil:
-    ctypedef struct sigset_t:
-        pass
-    void quiet_pipe_begin(sigset_t *before)
-    void quiet_pipe_end(const sigset_t *before)
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -36,9 +26,6 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     int MSG_NOSIGNAL, MSG_DONTWAIT, MSG_MORE
-
-cdef extern from "sys/sendfile.h" nogil:
-    ssize_t sendfile(int out, int source, int64_t *offset, size_t nbytes)
 
 cdef extern from "poll.h" nogil:
     struct pollfd:
@@ -55,7 +42,6 @@ cdef enum:
     VECTORS = 256             # ranges in one call to the kernel, which takes 1024 (IOV_MAX)
     LOOK_MS = 2               # how often a wait looks at the gate
     SPIN_NS = 30000           # about what it costs to wake a thread
-    LEND_FROM = 262144        # bytes of a range: a call for each 64 KiB took twice as long as copies of many at once
 
 crc32c_prepare()
 
@@ -78,22 +64,10 @@ cdef void start_flow(Flow *flow) noexcept nogil:
         of_tensor += flow.ranges[i].nbytes
     flow.left = flow.head_nbytes + flow.num_tensors * of_tensor + flow.tail_nbytes
     flow.head_done = flow.tensor = flow.range = flow.range_done = flow.tail_done = flow.checksum = 0
-    flow.lent = False
 
 
 cdef StreamEnd send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexcept nogil:
     """Send everything; with `more` the kernel may keep the last bytes until others follow."""
-    cdef sigset_t before
-    cdef StreamEnd end
-    if flow.file == 0:
-        return _send_flow(fd, flow, gate, more)
-    quiet_pipe_begin(&before)
-    end = _send_flow(fd, flow, gate, more)
-    quiet_pipe_end(&before)
-    return end
-
-
-cdef StreamEnd _send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexcept nogil:
     cdef iovec vectors[VECTORS]
     cdef msghdr message
     cdef ssize_t moved
@@ -104,39 +78,17 @@ cdef StreamEnd _send_flow(int fd, Flow *flow, const Gate *gate, bint more) noexc
     memset(&message, 0, sizeof(message))
     message.msg_iov = vectors
     while flow.left != 0:
-        if _is_lendable(flow, flow.tensor, flow.range) and flow.head_done == flow.head_nbytes:
-            moved = _lend(fd, flow)
-        else:
-            message.msg_iovlen = _fill(flow, vectors)
-            moved = sendmsg(fd, &message, flags)
+        message.msg_iovlen = _fill(flow, vectors)
+        moved = sendmsg(fd, &message, flags)
         if moved > 0:
             _advance(flow, <uint64_t>moved)
             if flow.left != 0 and _is_over(gate):
                 return STREAM_LATE
-        elif moved < 0 and errno == EINVAL and flow.file != 0:
-            flow.file = 0  # a file that cannot be sent so
         else:
             end = _after_failure(fd, POLLOUT, gate, moved)
             if end != STREAM_OK:
                 return end
     return STREAM_OK
-
-
-cdef bint _is_lendable(const Flow *flow, uint64_t tensor, uint64_t range) noexcept nogil:
-    """Whether a range is large enough, and lies in the file."""
-    cdef uint64_t offset, nbytes
-    if flow.file == 0 or tensor >= flow.num_tensors or range >= flow.num_ranges:
-        return False
-    nbytes = flow.ranges[range].nbytes
-    offset = flow.tensors[tensor] + flow.ranges[range].address - flow.file_address
-    return nbytes >= LEND_FROM and offset < flow.file_nbytes and nbytes <= flow.file_nbytes - offset
-
-
-cdef ssize_t _lend(int fd, Flow *flow) noexcept nogil:
-    cdef int64_t offset = flow.tensors[flow.tensor] + flow.ranges[flow.range].address + flow.range_done
-    offset -= flow.file_address
-    flow.lent = True
-    return sendfile(fd, flow.file - 1, &offset, flow.ranges[flow.range].nbytes - flow.range_done)
 
 
 cdef StreamEnd receive_flow(int fd, Flow *flow, const Gate *gate) noexcept nogil:
@@ -249,8 +201,6 @@ cdef size_t _fill(const Flow *flow, iovec *vectors) noexcept nogil:
             tensor += 1
             range = 0
             continue
-        if _is_lendable(flow, tensor, range):
-            return used
         vectors[used].iov_base = <void *>(flow.tensors[tensor] + flow.ranges[range].address + done)
         vectors[used].iov_len = flow.ranges[range].nbytes - done
         used += 1

@@ -3,11 +3,11 @@
 #
 #   pull   initiator: StreamRequest, source blocks (PULL_BLOCKS)
 #          owner:     StreamReply; and if its outcome is DONE: the bytes, tensor by tensor, StreamVerdict
-#          with `confirm` in it: initiator: StreamVerdict; and for a release: owner: StreamVerdict
+#          with `confirm` in it: initiator: StreamVerdict; owner: StreamVerdict
 #   push   initiator: StreamRequest, addresses (PUSH_TO_ADDRESSES), target blocks, the bytes, StreamVerdict
 #          owner:     StreamReply
 #
-# A key is released between the two verdicts at the end of a release: an initiator that dies before it has said that it
+# A key is released between the two verdicts that follow a `confirm`: an initiator that dies before it has said that it
 # has every byte leaves the key as it was. An end that cannot go on closes the stream.
 #
 # Requests with their tables, replies and verdicts always carry a CRC-32C of themselves: a number that changed on the
@@ -60,16 +60,11 @@ cdef struct StreamReply:
     uint64_t stride
     uint64_t sum              # of the words before
 
-cdef enum Confirmation:
-    NOT_NEEDED = 0
-    RECEIPT = 1               # the initiator says that it has every byte: memory that was lent is free then
-    RELEASE = 2               # it does, and hears when the key is gone
-
 cdef struct StreamVerdict:
     uint64_t magic
     uint64_t outcome
     uint64_t checksum         # of the bytes, if they are summed
-    uint64_t confirm          # Confirmation that the owner asks for
+    uint64_t confirm          # from the owner: the initiator must say how it fares, and hears when the key is gone
     uint64_t sum              # of the words before
 
 

@@ -1,9 +1,8 @@
 from llm_datadist._link_end import LinkEnd
 from llm_datadist._local import BlockPairs, LocalCache
-from llm_datadist._segment import Segment
 
 class TcpPeer(LinkEnd):
-    def __init__(self, summed: bool, pool: Segment | None = None) -> None: ...
+    def __init__(self, summed: bool) -> None: ...
     def _want_channel(self) -> None: ...
     def pull_cache(
         self,

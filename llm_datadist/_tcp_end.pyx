@@ -20,15 +20,13 @@ from llm_datadist._outcome cimport (
     BAD_DIRECTORY, CACHE_RELEASED, CORRUPTED, DONE, MEMORY_FAULT, NO_MEMORY, PEER_DEAD, TIMED_OUT, Outcome,
 )
 from llm_datadist._push cimport Source, check_source
-from llm_datadist._segment cimport Segment
 from llm_datadist._stream cimport (
     STREAM_CLOSED, STREAM_FAULT, STREAM_LATE, STREAM_OK, STREAM_SPOILT, Flow, Range, StreamEnd, receive_bytes,
     receive_some, send_bytes, send_flow, send_zeros, start_flow,
 )
 from llm_datadist._tcp cimport (
-    BY_BLOCKS, CONSUME, MAX_TABLE, NOT_NEEDED, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, RELEASE,
-    SEALED, SUMMED, StreamReply, StreamRequest, StreamVerdict, is_reply, is_verdict, sign_verdict, stream_magic,
-    sum_of_request,
+    BY_BLOCKS, CONSUME, MAX_TABLE, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, SEALED, SUMMED,
+    StreamReply, StreamRequest, StreamVerdict, is_reply, is_verdict, sign_verdict, stream_magic, sum_of_request,
 )
 
 from llm_datadist._outcome import TransferFault
@@ -62,16 +60,12 @@ cdef class TcpPeer(LinkEnd):
     ----------
     summed : bool
         Whether bytes that this end asks for or sends are summed (CRC-32C) and compared.
-    pool : Segment, optional
-        Of this process; what is pushed out of it need not be copied. Stays the caller's.
     """
 
     cdef bint _summed
-    cdef Segment _pool
 
-    def __init__(self, bint summed, Segment pool=None):
+    def __init__(self, bint summed):
         self._summed = summed
-        self._pool = pool
         self._patience_ns = <uint64_t>-1
 
     def _want_channel(self):
@@ -317,20 +311,17 @@ cdef class TcpPeer(LinkEnd):
         outcome[0] = _known(verdict.outcome)
         if self._summed and outcome[0] == DONE and verdict.checksum != flow.checksum:
             outcome[0] = CORRUPTED
-        if verdict.confirm == NOT_NEEDED:
-            return STREAM_OK
-        return self._confirm(fd, &verdict, outcome[0], &transfer.gate)
+        return self._confirm(fd, &verdict, outcome[0], &transfer.gate) if verdict.confirm else STREAM_OK
 
     cdef StreamEnd _confirm(
         self, int fd, StreamVerdict *verdict, Outcome outcome, const Gate *gate
     ) noexcept nogil:
-        """Tell the owner whether every byte is here, and hear that the key has been released if that is to be."""
+        """Tell the owner whether every byte is here, and hear that the key has been released."""
         cdef StreamEnd end
-        cdef bint release = verdict.confirm == RELEASE
         verdict.outcome = <uint64_t>outcome
         sign_verdict(verdict)
         end = send_bytes(fd, verdict, sizeof(StreamVerdict), gate, False)
-        return receive_bytes(fd, verdict, sizeof(StreamVerdict), gate) if release and end == STREAM_OK else end
+        return receive_bytes(fd, verdict, sizeof(StreamVerdict), gate) if end == STREAM_OK else end
 
     cdef StreamEnd _push_once(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil:
         cdef StreamVerdict verdict
@@ -338,10 +329,8 @@ cdef class TcpPeer(LinkEnd):
         cdef StreamEnd end = self._send_request(fd, transfer, True)
         if end != STREAM_OK:
             return end
-        verdict.outcome, verdict.confirm = DONE, NOT_NEEDED
+        verdict.outcome, verdict.confirm = DONE, 0
         _start_local(&flow, transfer)
-        if self._pool is not None and not flow.summed:
-            flow.file, flow.file_address, flow.file_nbytes = self._pool._fd + 1, self._pool.base, self._pool.size
         start_flow(&flow)
         end = send_flow(fd, &flow, &transfer.gate, True)
         if end == STREAM_FAULT:

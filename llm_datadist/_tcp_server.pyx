@@ -24,9 +24,8 @@ from llm_datadist._stream cimport (
     send_zeros, start_flow,
 )
 from llm_datadist._tcp cimport (
-    BY_BLOCKS, CONSUME, MAX_TABLE, NOT_NEEDED, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, RECEIPT,
-    RELEASE, SEALED, SUMMED, StreamReply, StreamRequest, StreamVerdict, is_verdict, sign_reply, sign_verdict,
-    stream_magic, sum_of_request,
+    BY_BLOCKS, CONSUME, MAX_TABLE, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, SEALED, SUMMED,
+    StreamReply, StreamRequest, StreamVerdict, is_verdict, sign_reply, sign_verdict, stream_magic, sum_of_request,
 )
 
 cdef enum:
@@ -164,8 +163,6 @@ cdef class TcpServer(PeerTarget):
         flow.tensors, flow.num_tensors = work.tensors, work.request.tensors
         flow.ranges, flow.num_ranges = work.ranges, work.num_ranges
         flow.summed = work.request.flags & SUMMED != 0
-        if not flow.summed and not pull.sealed:
-            flow.file, flow.file_address, flow.file_nbytes = self._pool._fd + 1, self._pool.base, self._pool.size
         start_flow(&flow)
         goes_on = _send_whole(fd, &flow, &work.gate, &outcome)
         # The owner revokes before it reuses memory, and breaks a seal before it writes: bytes that were read before
@@ -179,25 +176,23 @@ cdef class TcpServer(PeerTarget):
         ):
             outcome = STALE_BLOCKS
         verdict.outcome, verdict.checksum = <uint64_t>outcome, flow.checksum
-        verdict.confirm = RECEIPT if flow.lent else NOT_NEEDED
-        if outcome == DONE and self._releases(pull):
-            verdict.confirm = RELEASE
+        verdict.confirm = outcome == DONE and self._releases(pull)
         sign_verdict(&verdict)
         goes_on = send_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate, False) == STREAM_OK
-        if goes_on and verdict.confirm != NOT_NEEDED:
-            return self._await_receipt(fd, pull, work, verdict.confirm == RELEASE)
+        if goes_on and verdict.confirm:
+            return self._release_key(fd, pull, work)
         self._end(pull, PEER_DEAD)
         return goes_on
 
-    cdef bint _await_receipt(self, int fd, Pull *pull, const Work *work, bint release) noexcept nogil:
-        """Wait until the peer says that it has every byte; then release the key if that is wanted, and say so."""
+    cdef bint _release_key(self, int fd, Pull *pull, const Work *work) noexcept nogil:
+        """Wait until the peer says that it has every byte, release the key, and say so."""
         cdef StreamVerdict verdict
         cdef bint said = receive_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate) == STREAM_OK
         if not said or not is_verdict(&verdict):
             self._end(pull, PEER_DEAD)
             return False
-        self._end(pull, DONE if release and verdict.outcome == DONE else CORRUPTED)
-        return not release or send_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate, False) == STREAM_OK
+        self._end(pull, DONE if verdict.outcome == DONE else CORRUPTED)
+        return send_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate, False) == STREAM_OK
 
     # ---- pushes
 

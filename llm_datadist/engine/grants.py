@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llm_datadist._segment import Segment
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.transports.data_service import DataService
 from llm_datadist.transports.serving_threads import ServingThreads
@@ -28,11 +27,6 @@ class Grants:
         self._service: DataService | None = None
         if cache_manager:
             self._service = DataService(caches.device.segment, caches.directory, caches.lock, self._threads)
-
-    @property
-    def pool(self) -> Segment:
-        """The device's pool."""
-        return self._caches.device.segment
 
     def shared_memory(self, peer_writes: bool) -> SharedMemoryGrant:
         """Let a peer on this host map the pool; writable if it pushes."""

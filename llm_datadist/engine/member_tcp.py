@@ -105,7 +105,7 @@ class MemberTcp:
         if answer.transport == shared_memory.NAME:
             raise ComeToUnixSocket
         dialer = Dialer(self._loop, address, answer.token)
-        end = DialingEnd(dialer, self._grants.pool, summed=self._summed, private_memory=private_memory.DATA_SERVER)
+        end = DialingEnd(dialer, summed=self._summed, private_memory=private_memory.DATA_SERVER)
         grant = self._grants.tcp(True)
         grant.offer = dialer.dial_reverse
         dialer.serve(end, grant)
@@ -132,7 +132,6 @@ class MemberTcp:
         answer = answer_of(mine, tcp.NAME, reason)
         end = tcp.TcpEnd(
             lambda: ask_for_channel(connection),
-            self._grants.pool,
             summed=self._summed,
             private_memory=private_memory.DATA_SERVER,
         )

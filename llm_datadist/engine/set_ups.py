@@ -114,9 +114,7 @@ class TcpSetUp(SetUp):
         tcp.tune(connection)  # so that the kernel notices a client that vanishes while nothing moves
         self.grant = grants.tcp(identity.cache_manager)
         private = private_memory.DATA_SERVER if identity.cache_manager else None
-        self._end = tcp.TcpEnd(
-            lambda: ask_for_channel(connection), grants.pool, summed=self._summed, private_memory=private
-        )
+        self._end = tcp.TcpEnd(lambda: ask_for_channel(connection), summed=self._summed, private_memory=private)
         connection.send(rendezvous.GRANTED)
 
     def finish(self, identity: Identity) -> End:

@@ -6,7 +6,6 @@ import socket
 import time
 from typing import NamedTuple
 
-from llm_datadist._segment import Segment
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.engine.dialer import Dialer
 from llm_datadist.engine.grants import Grants
@@ -36,8 +35,8 @@ class Joined(NamedTuple):
 class DialingEnd(tcp.TcpEnd):
     """The client's end, which makes the connections that it needs."""
 
-    def __init__(self, dialer: Dialer, pool: Segment, *, summed: bool, private_memory: str | None) -> None:
-        super().__init__(dialer.dial_forward, pool, summed=summed, private_memory=private_memory)
+    def __init__(self, dialer: Dialer, *, summed: bool, private_memory: str | None) -> None:
+        super().__init__(dialer.dial_forward, summed=summed, private_memory=private_memory)
         self._dialer = dialer
 
     def close(self, deadline_ns: int) -> bool:
@@ -65,7 +64,7 @@ def join(
     """
     dialer = Dialer(loop, address, token)
     private = private_memory.DATA_SERVER if identity.cache_manager else None
-    end = DialingEnd(dialer, grants.pool, summed=summed, private_memory=private)
+    end = DialingEnd(dialer, summed=summed, private_memory=private)
     connections: list[socket.socket] = []
     grant = None
     try:

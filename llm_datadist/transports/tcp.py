@@ -165,8 +165,6 @@ class TcpEnd(TcpPeer):
     ----------
     want_channel : callable
         See to it that there will be another connection; must not block.
-    pool : Segment
-        Of this process.
     summed : bool
         Whether bytes are summed and compared.
     private_memory : str or None
@@ -175,10 +173,8 @@ class TcpEnd(TcpPeer):
 
     name = NAME
 
-    def __init__(
-        self, want_channel: Callable[[], None], pool: Segment, *, summed: bool, private_memory: str | None
-    ) -> None:
-        super().__init__(summed, pool)
+    def __init__(self, want_channel: Callable[[], None], *, summed: bool, private_memory: str | None) -> None:
+        super().__init__(summed)
         self._want = want_channel
         self.private_memory = private_memory
 
