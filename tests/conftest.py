@@ -19,8 +19,10 @@ from tests.processes import Member
 
 pytest_plugins = ["tests.hang_guard"]
 
-# A runner in the background may have been started with Ctrl-C ignored, and so would be the programs that tests start.
+# A runner in the background may have been started with Ctrl-C or a hang-up ignored, and so would be the programs that
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LATE_CLOSE_S = 5.0  # for threads and peers that are on their way out when the test ends
 FAILED = pytest.StashKey[bool]()
