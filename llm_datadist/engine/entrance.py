@@ -14,7 +14,7 @@ _log = logging.getLogger("llm_datadist.link")
 
 _STRANGER_SECONDS = 5.0  # for a connection to introduce itself
 _REST_SECONDS = 0.1  # when a connection cannot be accepted
-_MAX_STRANGERS = 32  # at one time; whoever means it introduces himself at once
+_MAX_STRANGERS = 512  # at one time; as many communicators of one process may come at the same moment
 
 
 class Entrance:
