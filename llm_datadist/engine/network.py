@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llm_datadist.engine.failures import invalid
 from llm_datadist.engine.options import NetworkOptions
 from llm_datadist.transports import shared_memory, tcp
+from llm_datadist.transports.network_interface import interface_address
 
 # Environment, for what the options do not say.
 TRANSPORT = "LLM_DATADIST_TRANSPORT"
@@ -66,7 +67,7 @@ def network(options: NetworkOptions) -> Network:
     return Network(
         transports=_TRANSPORTS[transport or AUTOMATIC],
         data_ports=None if ports is None else _port_range(name, ports),
-        data_address=None if address is None else tcp.interface_address(address) or address,
+        data_address=None if address is None else interface_address(address) or address,
         summed=_CHECKSUMS[checksum or "none"],
     )
 

@@ -11,9 +11,7 @@ at the same time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import socket
-import struct
 import threading
 import time
 from typing import Callable
@@ -41,8 +39,6 @@ READY = b"Y"  # server: a connection is taken
 # A peer that the network has swallowed is noticed after about so many seconds (tcp(7)); one that is only slow answers.
 _IDLE_S, _INTERVAL_S, _PROBES = 5, 2, 3
 _LOST_MS = 1000 * (_IDLE_S + _INTERVAL_S * _PROBES)
-
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 MAX_STREAMS = 8  # that one peer may have open to the data server; MAX_CHANNELS of _link_end.pxd
 
@@ -267,29 +263,3 @@ def close_all(connections: list[socket.socket]) -> None:
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.close()
-
-
-def interface_address(interface: str) -> str | None:
-    """Give the first address of a network interface of this host; None if there is no such interface."""
-    if interface not in [name for _, name in socket.if_nameindex()]:  # not from /sys, which may show another name space
-        return None
-    return _ipv4_of(interface) or _ipv6_of(interface)
-
-
-def _ipv4_of(interface: str) -> str | None:
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-        except OSError:
-            return None
-    return socket.inet_ntoa(answer[20:24])
-
-
-def _ipv6_of(interface: str) -> str | None:
-    with open("/proc/net/if_inet6", encoding="ascii") as table:
-        for line in table:
-            raw, _, _, scope, _, name = line.split()
-            if name == interface and int(scope, 16) == 0:  # global: usable from other hosts without a zone
-                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(raw))
-    return None
