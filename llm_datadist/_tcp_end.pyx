@@ -38,18 +38,6 @@ cdef enum:
     DEATH_NS = 50000000       # between a data connection that closes and word that the whole link has
 
 
-# One transfer: what it asks for, and where the bytes lie on this side.
-cdef struct Transfer:
-    StreamRequest request
-    uint64_t *table           # words after the request
-    uint64_t table_words
-    uint64_t *tensors         # addresses here
-    Range *ranges
-    uint64_t num_ranges
-    StreamReply reply
-    Gate gate
-
-
 _log = logging.getLogger("llm_datadist.link")
 
 
@@ -61,8 +49,6 @@ cdef class TcpPeer(LinkEnd):
     summed : bool
         Whether bytes that this end asks for or sends are summed (CRC-32C) and compared.
     """
-
-    cdef bint _summed
 
     def __init__(self, bint summed):
         self._summed = summed
@@ -90,7 +76,7 @@ cdef class TcpPeer(LinkEnd):
             with nogil:
                 _add_range(&transfer, local_slot * target.stride + target_offset, nbytes)
                 outcome = self._run(&transfer, target, target_first, deadline_ns)
-            _report(&transfer, outcome)
+            self._report(&transfer, outcome)
         finally:
             free(transfer.table)
 
@@ -119,7 +105,7 @@ cdef class TcpPeer(LinkEnd):
                     transfer.table[i] = pairs._sources[i]
                     _add_range(&transfer, pairs._targets[i] * target.stride, target.stride)
                 outcome = self._run(&transfer, target, target_first, deadline_ns)
-            _report(&transfer, outcome)
+            self._report(&transfer, outcome)
         finally:
             free(transfer.table)
 
@@ -144,8 +130,7 @@ cdef class TcpPeer(LinkEnd):
                     &transfer, source, source_first, source_slot, pairs, block_nbytes, transfer.table + tensors,
                     deadline_ns,
                 )
-            if outcome != DONE:
-                raise TransferFault(<int>outcome)
+            self._report(&transfer, outcome)
         finally:
             free(transfer.table)
 
@@ -167,7 +152,7 @@ cdef class TcpPeer(LinkEnd):
                 outcome = self._push(
                     &transfer, source, source_first, source_slot, pairs, block_nbytes, transfer.table, deadline_ns
                 )
-            _report(&transfer, outcome)
+            self._report(&transfer, outcome)
         finally:
             free(transfer.table)
 
@@ -304,11 +289,11 @@ cdef class TcpPeer(LinkEnd):
                 if not is_reply(&transfer.reply):
                     return STREAM_SPOILT
                 if transfer.reply.outcome != DONE:
-                    outcome[0] = _known(transfer.reply.outcome)
+                    outcome[0] = known_outcome(transfer.reply.outcome)
                     return STREAM_OK  # nothing follows
         if not is_verdict(&verdict):
             return STREAM_SPOILT
-        outcome[0] = _known(verdict.outcome)
+        outcome[0] = known_outcome(verdict.outcome)
         if self._summed and outcome[0] == DONE and verdict.checksum != flow.checksum:
             outcome[0] = CORRUPTED
         return self._confirm(fd, &verdict, outcome[0], &transfer.gate) if verdict.confirm else STREAM_OK
@@ -347,8 +332,13 @@ cdef class TcpPeer(LinkEnd):
         answered[0] = True
         if not is_reply(&transfer.reply):
             return STREAM_SPOILT
-        outcome[0] = _known(transfer.reply.outcome)
+        outcome[0] = known_outcome(transfer.reply.outcome)
         return STREAM_OK
+
+    cdef int _report(self, const Transfer *transfer, Outcome outcome) except -1:
+        if outcome != DONE:
+            raise TransferFault(<int>outcome, transfer.reply.tensors, transfer.reply.slots, transfer.reply.stride)
+        return 0
 
 
 cdef bint _start(
@@ -395,12 +385,6 @@ cdef void _start_local(Flow *flow, Transfer *transfer) noexcept nogil:
     flow.summed = transfer.request.flags & SUMMED != 0
 
 
-cdef Outcome _known(uint64_t outcome) noexcept nogil:
+cdef Outcome known_outcome(uint64_t outcome) noexcept nogil:
     """Give an outcome that a peer has sent; what it does not mean is the peer's mistake."""
     return <Outcome>outcome if outcome <= CORRUPTED else BAD_DIRECTORY
-
-
-cdef int _report(const Transfer *transfer, Outcome outcome) except -1:
-    if outcome != DONE:
-        raise TransferFault(<int>outcome, transfer.reply.tensors, transfer.reply.slots, transfer.reply.stride)
-    return 0

@@ -32,18 +32,6 @@ cdef enum:
     MOST_NS = 3600000000000   # that a request is served, whatever it says: an hour
 
 
-# A request, the words that came with it, and room for the plan that is made of them.
-cdef struct Work:
-    StreamRequest request
-    uint64_t *addresses       # of PUSH_TO_ADDRESSES
-    uint64_t *blocks
-    uint64_t largest          # of the blocks
-    uint64_t *tensors         # addresses here; of a push followed by a word for each
-    Range *ranges
-    uint64_t num_ranges
-    Gate gate
-
-
 cdef class TcpServer(PeerTarget):
     """Serves the data connections of one peer.
 
@@ -56,8 +44,6 @@ cdef class TcpServer(PeerTarget):
     peer_writes : bool
         Whether the peer may push.
     """
-
-    cdef bint _peer_writes
 
     def __init__(
         self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None,
@@ -123,11 +109,11 @@ cdef class TcpServer(PeerTarget):
         pull.seal = request.seal
         outcome = self._begin(&pull, work.gate.deadline_ns)
         if outcome != DONE:
-            return _reply(fd, outcome, &pull.found.entry, &work.gate)
+            return send_reply(fd, outcome, &pull.found.entry, &work.gate)
         outcome = self._plan_pull(&pull, work)
         if outcome != DONE:
             self._end(&pull, outcome)
-            return _reply(fd, outcome, &pull.found.entry, &work.gate)
+            return send_reply(fd, outcome, &pull.found.entry, &work.gate)
         return self._send_pull(fd, &pull, work)
 
     cdef Outcome _plan_pull(self, const Pull *pull, Work *work) noexcept nogil:
@@ -153,29 +139,35 @@ cdef class TcpServer(PeerTarget):
     cdef bint _send_pull(self, int fd, Pull *pull, Work *work) noexcept nogil:
         """Send what is wanted, and release the key once the peer has it."""
         cdef StreamReply head
-        cdef StreamVerdict verdict
         cdef Flow flow
         cdef Outcome outcome = DONE
-        cdef bint goes_on
-        _fill_reply(&head, DONE, &pull.found.entry)
+        fill_reply(&head, DONE, &pull.found.entry)
         memset(&flow, 0, sizeof(Flow))
         flow.head, flow.head_nbytes = &head, sizeof(StreamReply)
         flow.tensors, flow.num_tensors = work.tensors, work.request.tensors
         flow.ranges, flow.num_ranges = work.ranges, work.num_ranges
         flow.summed = work.request.flags & SUMMED != 0
         start_flow(&flow)
-        goes_on = _send_whole(fd, &flow, &work.gate, &outcome)
+        if not _send_whole(fd, &flow, &work.gate, &outcome):
+            self._end(pull, REVOKED)
+            return False
+        return self._finish_pull(fd, pull, work, outcome, flow.checksum)
+
+    cdef bint _finish_pull(self, int fd, Pull *pull, Work *work, Outcome outcome, uint64_t checksum) noexcept nogil:
+        """Say whether the bytes that have gone are good, and release the key once the peer has them."""
+        cdef StreamVerdict verdict
+        cdef bint goes_on
         # The owner revokes before it reuses memory, and breaks a seal before it writes: bytes that were read before
         # that are good.
         fence_full()
-        if not goes_on or stopped(&work.gate):
+        if stopped(&work.gate):
             self._end(pull, REVOKED)
             return False
         if outcome == DONE and pull.sealed and not self._is_sealed(
             &pull.found.entry, &pull.seal, work.blocks, work.request.blocks
         ):
             outcome = STALE_BLOCKS
-        verdict.outcome, verdict.checksum = <uint64_t>outcome, flow.checksum
+        verdict.outcome, verdict.checksum = <uint64_t>outcome, checksum
         verdict.confirm = outcome == DONE and self._releases(pull)
         sign_verdict(&verdict)
         goes_on = send_bytes(fd, &verdict, sizeof(StreamVerdict), &work.gate, False) == STREAM_OK
@@ -197,7 +189,6 @@ cdef class TcpServer(PeerTarget):
     # ---- pushes
 
     cdef bint _serve_push(self, int fd, Work *work) noexcept nogil:
-        cdef const StreamRequest *request = &work.request
         cdef Found claims[HAZARDS]
         cdef uint64_t claimed = 0
         cdef uint64_t i
@@ -210,11 +201,11 @@ cdef class TcpServer(PeerTarget):
         if outcome == DONE:
             goes_on = self._receive_push(fd, work, &outcome)
         else:
-            goes_on = discard(fd, request.nbytes + sizeof(StreamVerdict), &work.gate) == STREAM_OK
+            goes_on = self._refuse_push(fd, work)
         for i in range(claimed):
             self._drop_hazard(claims[i].hazard)
         self._leave()
-        return goes_on and _reply(fd, outcome, &claims[0].entry, &work.gate)
+        return goes_on and send_reply(fd, outcome, &claims[0].entry, &work.gate)
 
     cdef Outcome _plan_push(self, Work *work, Found *claims, uint64_t *claimed) noexcept nogil:
         """Claim what the peer pushes into, and say which ranges of which tensors that is."""
@@ -277,6 +268,10 @@ cdef class TcpServer(PeerTarget):
         # Bytes that came after the link was taken down were not wanted any more.
         return end == STREAM_OK and not stopped(&work.gate)
 
+    cdef bint _refuse_push(self, int fd, const Work *work) noexcept nogil:
+        """Take in the bytes that were sent without waiting for an answer."""
+        return discard(fd, work.request.nbytes + sizeof(StreamVerdict), &work.gate) == STREAM_OK
+
 
 cdef bint _is_sane(const StreamRequest *request) noexcept nogil:
     """Whether a request can be read on, and its numbers multiplied."""
@@ -338,15 +333,15 @@ cdef void _join_range(Work *work, uint64_t address, uint64_t nbytes) noexcept no
     work.num_ranges += 1
 
 
-cdef void _fill_reply(StreamReply *reply, Outcome outcome, const DirectoryEntry *entry) noexcept nogil:
+cdef void fill_reply(StreamReply *reply, Outcome outcome, const DirectoryEntry *entry) noexcept nogil:
     reply.outcome = <uint64_t>outcome
     reply.tensors, reply.slots, reply.stride = entry.tensors, entry.slots, entry.stride
     sign_reply(reply)
 
 
-cdef bint _reply(int fd, Outcome outcome, const DirectoryEntry *entry, const Gate *gate) noexcept nogil:
+cdef bint send_reply(int fd, Outcome outcome, const DirectoryEntry *entry, const Gate *gate) noexcept nogil:
     cdef StreamReply reply
-    _fill_reply(&reply, outcome, entry)
+    fill_reply(&reply, outcome, entry)
     return send_bytes(fd, &reply, sizeof(StreamReply), gate, False) == STREAM_OK
 
 
