@@ -23,6 +23,8 @@ MODULES = [
     "_tcp_end",
     "_tcp_server",
     "_dlpack",
+    "_shared_library",
+    "_acl",
 ]
 
 extensions = [

@@ -19,7 +19,7 @@ from libc.stdint cimport uint64_t
 from llm_datadist._copy cimport Gate, Plan
 from llm_datadist._link_end cimport LinkEnd
 from llm_datadist._outcome cimport Outcome
-from llm_datadist._segment cimport Segment
+from llm_datadist._segment cimport Memory, Segment
 
 cdef enum:
     HEADER_BYTES = 4096
@@ -149,7 +149,7 @@ cdef struct Found:
 
 
 cdef class PeerMemory(LinkEnd):
-    cdef Segment _pool
+    cdef Memory _pool
     cdef Segment _directory
     cdef Segment _ledger
     cdef Segment _claims

@@ -24,7 +24,7 @@ from llm_datadist._link_end cimport LinkEnd
 from llm_datadist._outcome cimport (
     BAD_DIRECTORY, DONE, KEY_UNKNOWN, MEMORY_DENIED, MEMORY_FAULT, PEER_DEAD, TARGET_READ_ONLY, TIMED_OUT, Outcome,
 )
-from llm_datadist._segment cimport Segment
+from llm_datadist._segment cimport Memory, Segment
 
 cdef extern from "poll.h" nogil:
     struct pollfd:
@@ -53,8 +53,10 @@ cdef class PeerMemory(LinkEnd):
 
     Parameters
     ----------
-    pool, directory : Segment
-        The directory is mapped read-only; the pool writable where this process may push into it.
+    pool : Memory
+        Writable where this process may push into it.
+    directory : Segment
+        Mapped read-only.
     ledger, claims : Segment
         Mapped writable.
 
@@ -69,7 +71,7 @@ cdef class PeerMemory(LinkEnd):
         self._pidfd = -1
 
     def __init__(
-        self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None
+        self, Memory pool not None, Segment directory not None, Segment ledger not None, Segment claims not None
     ):
         cdef const DirectoryHeader *header = <const DirectoryHeader *>directory.base
         if directory.size < HEADER_BYTES or header.magic != directory_magic() or header.version != LAYOUT_VERSION:

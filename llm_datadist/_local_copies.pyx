@@ -22,14 +22,6 @@ cdef extern from "unistd.h" nogil:
 cdef uint64_t MOST_NUMBERS = 64 << 20
 
 
-cpdef enum LocalOutcome:
-    """How a copy inside the process ended."""
-    DONE = 0
-    CACHE_RELEASED = 1        # a cache was deallocated
-    TIMED_OUT = 2
-    CLOSED = 3                # the copier was closed
-
-
 cdef class LocalCopier:
     """Carries out copies between memory of this process; safe to use from many threads.
 
@@ -40,10 +32,6 @@ cdef class LocalCopier:
     threads : int
         Threads that one copy may use, the caller's included.
     """
-
-    cdef uint64_t _threads
-    cdef uint64_t _closing
-    cdef uint64_t _running
 
     def __init__(self, uint64_t threads):
         self._threads = threads

@@ -38,7 +38,28 @@ cdef uint64_t HUGE = HUGE_PAGE
 cdef uint64_t PAGE = <uint64_t>os.sysconf("SC_PAGESIZE")
 
 
-cdef class Segment:
+cdef class Memory:
+    """A range of memory that a pool may lie in: shared memory of the host, or memory of a device.
+
+    Attributes
+    ----------
+    size : int
+        Bytes.
+    writable : bool
+        Whether this process may write to it.
+    """
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte in this process, 0 when closed."""
+        return self.base
+
+    def close(self):
+        """Give the memory up; may be called twice."""
+        raise NotImplementedError(type(self).__name__)
+
+
+cdef class Segment(Memory):
     """One shared mapping; made with `create` by its owner and with `attach` by a peer.
 
     The object supports the buffer protocol (bytes, writable where `writable`). `close` unmaps it once the last buffer
@@ -46,11 +67,7 @@ cdef class Segment:
     """
 
     def __cinit__(self):
-        self.base = 0
-        self.size = 0
         self._fd = -1
-        self._exports = 0
-        self._closed = False
 
     @staticmethod
     def create(str name, uint64_t size, *, bint peers_may_write, bint reserved_huge_pages=False):
@@ -113,11 +130,6 @@ cdef class Segment:
         self._fd = -1
         os.close(fd)
         return self
-
-    @property
-    def address(self) -> int:
-        """Address of the first byte in this process, 0 when closed."""
-        return self.base
 
     def fileno(self) -> int:
         """Descriptor of the memfd, for sending it to a peer; the segment keeps owning it."""

@@ -18,7 +18,7 @@ from llm_datadist._outcome cimport (
 )
 from llm_datadist._pull cimport Pull
 from llm_datadist._push cimport PeerTarget, Source, check_target
-from llm_datadist._segment cimport Segment
+from llm_datadist._segment cimport Memory, Segment
 from llm_datadist._stream cimport (
     STREAM_FAULT, STREAM_OK, Flow, Range, StreamEnd, discard, receive_bytes, receive_flow, send_bytes, send_flow,
     send_zeros, start_flow,
@@ -46,7 +46,7 @@ cdef class TcpServer(PeerTarget):
     """
 
     def __init__(
-        self, Segment pool not None, Segment directory not None, Segment ledger not None, Segment claims not None,
+        self, Memory pool not None, Segment directory not None, Segment ledger not None, Segment claims not None,
         bint peer_writes,
     ):
         super().__init__(pool, directory, ledger, claims)
