@@ -41,6 +41,11 @@ cdef class LinkEnd:
         return load_acquire(&self._peer_dead) != 0
 
     @property
+    def is_over(self) -> bool:
+        """Whether transfers fail from now on: the peer is dead, or the end is closed or being closed."""
+        return load_acquire(&self._peer_dead) != 0 or load_acquire(&self._closing) != 0
+
+    @property
     def busy(self) -> bool:
         """Whether a transfer is running."""
         return load_acquire(&self._running) != 0

@@ -26,3 +26,5 @@ cpdef enum Outcome:
     TARGET_BLOCK = 21         # nor does a block or slot
     TARGET_RANGE = 22         # a slot is larger than the one that it is pushed into
     CORRUPTED = 23            # the checksum over the bytes says that they changed on the way
+    DEVICE_FAILED = 24        # the device or its communication library reports an error
+    NO_COMMUNICATOR = 25      # the owner has lost the communicator of the link

@@ -25,12 +25,20 @@ class Outcome(IntEnum):
     TARGET_BLOCK = 21
     TARGET_RANGE = 22
     CORRUPTED = 23
+    DEVICE_FAILED = 24
+    NO_COMMUNICATOR = 25
 
 class TransferFault(Exception):
     outcome: Outcome
     remote_tensors: int
     remote_slots: int
     remote_stride: int
+    detail: str
     def __init__(
-        self, outcome: Outcome, remote_tensors: int = 0, remote_slots: int = 0, remote_stride: int = 0
+        self,
+        outcome: Outcome,
+        remote_tensors: int = 0,
+        remote_slots: int = 0,
+        remote_stride: int = 0,
+        detail: str = "",
     ) -> None: ...

@@ -26,6 +26,7 @@ cdef enum StreamOperation:
     PULL_BLOCKS = 2
     PUSH_TO_ADDRESSES = 3
     PUSH_TO_KEY = 4
+    MAKE_COMMUNICATOR = 5     # on links over HCCL, see _hccl_end.pyx
 
 cdef enum RequestFlag:
     CONSUME = 1

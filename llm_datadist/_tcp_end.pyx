@@ -17,7 +17,8 @@ from llm_datadist._core cimport BLOCKS_KEY, read_token
 from llm_datadist._link_end cimport MAX_CHANNELS, LinkEnd
 from llm_datadist._local cimport BlockPairs, LocalCache
 from llm_datadist._outcome cimport (
-    BAD_DIRECTORY, CACHE_RELEASED, CORRUPTED, DONE, MEMORY_FAULT, NO_MEMORY, PEER_DEAD, TIMED_OUT, Outcome,
+    BAD_DIRECTORY, CACHE_RELEASED, CORRUPTED, DONE, MEMORY_FAULT, NO_COMMUNICATOR, NO_MEMORY, PEER_DEAD, TIMED_OUT,
+    Outcome,
 )
 from llm_datadist._push cimport Source, check_source
 from llm_datadist._stream cimport (
@@ -226,8 +227,8 @@ cdef class TcpPeer(LinkEnd):
                 self._keep_channel(descriptor)
                 return outcome
             self._drop_channel(descriptor)
-            if outcome == DONE:
-                return DONE  # every byte is here; what broke came after that
+            if outcome != TIMED_OUT:
+                return outcome  # every byte is here, and what broke came after that; or it is known why not
             if end != STREAM_CLOSED or answered or stopped(gate):
                 break
         return self._why_broken(end, gate)
@@ -387,4 +388,4 @@ cdef void _start_local(Flow *flow, Transfer *transfer) noexcept nogil:
 
 cdef Outcome known_outcome(uint64_t outcome) noexcept nogil:
     """Give an outcome that a peer has sent; what it does not mean is the peer's mistake."""
-    return <Outcome>outcome if outcome <= CORRUPTED else BAD_DIRECTORY
+    return <Outcome>outcome if outcome <= NO_COMMUNICATOR else BAD_DIRECTORY

@@ -25,6 +25,7 @@ cdef class TcpServer(PeerTarget):
     cdef bint _peer_writes
 
     cdef bint _serve_one(self, int fd) noexcept nogil
+    cdef bint _serve_other(self, int fd, Work *work) noexcept nogil
     cdef bint _serve_pull(self, int fd, Work *work) noexcept nogil
     cdef Outcome _plan_pull(self, const Pull *pull, Work *work) noexcept nogil
     cdef bint _finish_pull(self, int fd, Pull *pull, Work *work, Outcome outcome, uint64_t checksum) noexcept nogil

@@ -24,7 +24,7 @@ from llm_datadist._stream cimport (
     send_zeros, start_flow,
 )
 from llm_datadist._tcp cimport (
-    BY_BLOCKS, CONSUME, MAX_TABLE, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, SEALED, SUMMED,
+    BY_BLOCKS, CONSUME, MAKE_COMMUNICATOR, MAX_TABLE, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, SEALED, SUMMED,
     StreamReply, StreamRequest, StreamVerdict, is_verdict, sign_reply, sign_verdict, stream_magic, sum_of_request,
 )
 
@@ -37,7 +37,8 @@ cdef class TcpServer(PeerTarget):
 
     Parameters
     ----------
-    pool, directory, ledger : Segment
+    pool : Memory
+    directory, ledger : Segment
         Of this process; stay the caller's, and open as long as a connection is served.
     claims : Segment
         Claim page of the link.
@@ -89,10 +90,16 @@ cdef class TcpServer(PeerTarget):
             _find_largest(&work)
             if request.operation == PULL_RANGE or request.operation == PULL_BLOCKS:
                 goes_on = self._serve_pull(fd, &work)
+            elif request.operation == MAKE_COMMUNICATOR:
+                goes_on = self._serve_other(fd, &work)
             else:
                 goes_on = self._serve_push(fd, &work)
         free(room)
         return goes_on
+
+    cdef bint _serve_other(self, int fd, Work *work) noexcept nogil:
+        """Carry out what is no transfer."""
+        return False
 
     # ---- pulls
 
@@ -280,7 +287,7 @@ cdef bint _is_sane(const StreamRequest *request) noexcept nogil:
         return False
     if request.blocks > MAX_TABLE or request.block >= <uint64_t>1 << 48:
         return False
-    if request.operation == PULL_RANGE:
+    if request.operation == PULL_RANGE or request.operation == MAKE_COMMUNICATOR:
         return request.blocks == 0
     if request.operation == PULL_BLOCKS:
         return True

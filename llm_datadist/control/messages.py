@@ -14,7 +14,7 @@ import msgpack
 
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 1024
-MAX_TEXT = 4096
+MAX_TEXT = 8192  # root information of HCCL has 4108 bytes
 MAX_ITEMS = 64
 
 
@@ -114,7 +114,50 @@ class MemberAccept:
     reason: str  # why this one
 
 
-Message = Union[Hello, Accept, Refuse, Unlink, Unlinked, Probe, ProbeAnswer, MemberHello, MemberAccept]
+@dataclasses.dataclass(frozen=True)
+class CommunicatorWish:
+    """Over a data connection of a link over HCCL: let us make a communicator."""
+
+    host: str  # see transports.rendezvous.host_identity
+    device: int  # physical id
+    version: str  # of the installed runtime; empty = not known
+    batched: bool  # whether HCCL takes several operations in one call
+
+
+@dataclasses.dataclass(frozen=True)
+class CommunicatorOffer:
+    """The answer: how it is made. The side that answers is rank 0."""
+
+    busy: bool  # another one is being made on this device; ask again
+    reason: str  # why there will be none; empty = there will
+    root_info: bytes  # as HCCL gives it
+    name: str
+    buffer_mib: int
+    execution_limit_s: int
+    batched: bool  # whether both post the operations of a step in one call
+
+
+@dataclasses.dataclass(frozen=True)
+class CommunicatorMade:
+    """Either side: how it went here."""
+
+    reason: str  # what went wrong; empty = nothing
+
+
+Message = Union[
+    Hello,
+    Accept,
+    Refuse,
+    Unlink,
+    Unlinked,
+    Probe,
+    ProbeAnswer,
+    MemberHello,
+    MemberAccept,
+    CommunicatorWish,
+    CommunicatorOffer,
+    CommunicatorMade,
+]
 
 _TYPES: dict[str, type[Any]] = {
     "hello": Hello,
@@ -126,6 +169,9 @@ _TYPES: dict[str, type[Any]] = {
     "probe_answer": ProbeAnswer,
     "member_hello": MemberHello,
     "member_accept": MemberAccept,
+    "communicator_wish": CommunicatorWish,
+    "communicator_offer": CommunicatorOffer,
+    "communicator_made": CommunicatorMade,
 }
 _NAMES = {cls: name for name, cls in _TYPES.items()}
 

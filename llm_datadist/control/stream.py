@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 from llm_datadist.control.messages import Message, MessageError, decode, encode
 
-MAX_FRAME_BYTES = 4096
+MAX_FRAME_BYTES = 8192
 
 _LENGTH = struct.Struct("!I")
 

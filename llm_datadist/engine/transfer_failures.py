@@ -51,6 +51,8 @@ class TransferFailures:
             Outcome.TARGET_BLOCK: _INVALID,
             Outcome.TARGET_RANGE: _INVALID,
             Outcome.CORRUPTED: _FAILED,
+            Outcome.DEVICE_FAILED: _FAILED,
+            Outcome.NO_COMMUNICATOR: _FAILED,
         }
 
     def of_pull(self, call: str, cluster_id: int, key: str, cache: LocalCache, fault: TransferFault) -> LLMException:
@@ -122,5 +124,7 @@ class TransferFailures:
                 " server cannot be reached"
             ),
             Outcome.CORRUPTED: f"the checksum says that bytes from or to cluster {cluster_id} changed on the way",
+            Outcome.DEVICE_FAILED: f"the device, or its communication library, has failed: {fault.detail}",
+            Outcome.NO_COMMUNICATOR: f"cluster {cluster_id} has lost its communicator, and again at once",
             Outcome.TARGET_READ_ONLY: f"cluster {cluster_id} shares its pool for reading only",
         }

@@ -17,7 +17,7 @@ import time
 from typing import Callable
 
 from llm_datadist._directory import Claims, Directory
-from llm_datadist._segment import Segment
+from llm_datadist._segment import Memory, Segment
 from llm_datadist._tcp_end import TcpPeer
 from llm_datadist._tcp_server import TcpServer
 from llm_datadist.transports import rendezvous
@@ -161,6 +161,8 @@ class TcpEnd(TcpPeer):
     ----------
     want_channel : callable
         See to it that there will be another connection; must not block.
+    on_close : callable or None
+        Called when the end is closed.
     summed : bool
         Whether bytes are summed and compared.
     private_memory : str or None
@@ -169,10 +171,23 @@ class TcpEnd(TcpPeer):
 
     name = NAME
 
-    def __init__(self, want_channel: Callable[[], None], *, summed: bool, private_memory: str | None) -> None:
+    def __init__(
+        self,
+        want_channel: Callable[[], None],
+        on_close: Callable[[], None] | None = None,
+        *,
+        summed: bool,
+        private_memory: str | None,
+    ) -> None:
         super().__init__(summed)
         self._want = want_channel
+        self._on_close = on_close
         self.private_memory = private_memory
+
+    def close(self, deadline_ns: int) -> bool:
+        if self._on_close is not None:
+            self._on_close()
+        return super().close(deadline_ns)
 
     def _want_channel(self) -> None:
         self._want()
@@ -188,7 +203,7 @@ class TcpGrant:
 
     Parameters
     ----------
-    pool : Segment
+    pool : Memory
         The device's pool.
     directory : Directory
         Caches and keys.
@@ -203,18 +218,29 @@ class TcpGrant:
     name = NAME
 
     def __init__(
-        self, pool: Segment, directory: Directory, lock: threading.Lock, threads: ServingThreads, *, peer_writes: bool
+        self, pool: Memory, directory: Directory, lock: threading.Lock, threads: ServingThreads, *, peer_writes: bool
     ) -> None:
         self._directory = directory
         self._lock = lock
         self._threads = threads
         self._claims = Claims(by_threads=True)
-        self._server = TcpServer(pool, directory.segment, directory.ledger, self._claims.segment, peer_writes)
+        self._server = self._new_server(pool, directory.ledger, self._claims.segment, peer_writes=peer_writes)
         self._streams: list[socket.socket] = []
         self._revoked = False
         self.offer = _no_offer
         with lock:
             directory.add_claims(self._claims)
+
+    def _new_server(self, pool: Memory, ledger: Segment, claims: Segment, *, peer_writes: bool) -> TcpServer:
+        return TcpServer(pool, self._directory.segment, ledger, claims, peer_writes)
+
+    def _begin_serving(self) -> None:
+        """Count a thread that is about to serve; the lock is held."""
+        self._claims.enter()
+
+    def _end_serving(self) -> None:
+        """Count a thread that serves nothing any more."""
+        self._claims.leave()
 
     def serve(self, descriptor: int) -> None:
         stream = socket.socket(fileno=descriptor)
@@ -223,12 +249,12 @@ class TcpGrant:
             refused = self._revoked or len(self._streams) >= MAX_STREAMS
             if not refused:
                 self._streams.append(stream)
-                self._claims.enter()
+                self._begin_serving()
         if refused:
             stream.close()
             return
         stream.setblocking(False)
-        self._threads.start(stream, self._server.serve, self._claims.leave)
+        self._threads.start(stream, self._server.serve, self._end_serving)
 
     def offer_channel(self) -> None:
         self.offer()
