@@ -25,6 +25,7 @@ MODULES = [
     "_dlpack",
     "_shared_library",
     "_acl",
+    "_hccl",
 ]
 
 extensions = [

@@ -59,7 +59,10 @@ cdef enum:
     # Of ours, outside of the vendor's numbers:
     HCCL_CLOSED = -2
 
-cdef uint64_t HCCL_MOST_BYTES = 0x7FFFFFFFF   # of one send or receive, as a count of bytes
+cdef inline uint64_t hccl_most_bytes() noexcept nogil:
+    """Most elements of one send or receive, which are bytes here."""
+    return 0x7FFFFFFFF
+
 
 # Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is optional.
 cdef struct HcclFunctions:
@@ -103,4 +106,9 @@ cdef class Communicator:
     cdef readonly Device device
     cdef readonly int rank
     cdef readonly str name
+    cdef readonly object failure          # why `destroy` did not succeed: an HcclError; else None
     cdef HcclComm handle                  # NULL once destroyed
+    cdef HcclFunctions *hccl
+
+    cdef int _create(self, const HcclRootInfo *info, const HcclCommConfig *config, AclFailure *failure) except -1
+    cdef bint _destroy(self, uint64_t deadline_ns) noexcept
