@@ -26,6 +26,8 @@ MODULES = [
     "_shared_library",
     "_acl",
     "_hccl",
+    "_hccl_exchange",
+    "_hccl_end",
 ]
 
 extensions = [

@@ -167,6 +167,11 @@ def load():
     return tuple(_communicators.paths + _operators.paths), tuple(_communicators.missing + _operators.missing)
 
 
+def batched():
+    """Whether the installed release takes several sends and receives in one call; raises `LibraryMissing`."""
+    return hccl_functions().HcclBatchSendRecv != NULL
+
+
 def one_sided():
     """Tell whether the installed release has all functions of one-sided transfers."""
     return has_one_sided()

@@ -254,7 +254,7 @@ cdef class HcclServer(TcpServer):
             return send_reply(fd, outcome, &pull.found.entry, &work.gate)
         goes_on = send_reply(fd, DONE, &pull.found.entry, &work.gate)
         if goes_on:
-            goes_on = self._move(fd, work, &row, True)
+            goes_on = self._move_row(fd, work, &row, True)
         self.exchange.give_turn()
         if not goes_on:
             self._end(pull, REVOKED)
@@ -273,7 +273,7 @@ cdef class HcclServer(TcpServer):
         if outcome[0] == DONE:
             memset(&nothing, 0, sizeof(DirectoryEntry))
             goes_on = send_reply(fd, DONE, &nothing, &work.gate)
-            goes_on = goes_on and self._move(fd, work, &row, False)
+            goes_on = goes_on and self._move_row(fd, work, &row, False)
         self.exchange.give_turn()
         # Bytes that came after the link was taken down were not wanted any more.
         return goes_on and not stopped(&work.gate)
@@ -284,7 +284,7 @@ cdef class HcclServer(TcpServer):
     cdef Outcome _may_move(self, const Row *row) noexcept nogil:
         return self.exchange.make_room(row) if self.exchange.is_ready() else NO_COMMUNICATOR
 
-    cdef bint _move(self, int fd, Work *work, Row *row, bint sending) noexcept nogil:
+    cdef bint _move_row(self, int fd, Work *work, Row *row, bint sending) noexcept nogil:
         cdef Outcome moved = self.exchange.move(row, sending, fd, &work.gate)
         if moved == DEVICE_FAILED and not stopped(&work.gate):
             with gil:

@@ -296,7 +296,7 @@ cdef class Exchange:
         return outcome
 
     cdef Outcome _send_step(self, Row *row, const Step *step, Half half, const Gate *gate) noexcept nogil:
-        cdef aclError code = half.emptied.make_stream_wait(self._copies) if half.used else ACL_SUCCESS
+        cdef aclError code = half.emptied.make_wait(self._copies) if half.used else ACL_SUCCESS
         cdef Outcome outcome
         if code != ACL_SUCCESS:
             return self._failed("aclrtStreamWaitEvent", code)
@@ -306,13 +306,13 @@ cdef class Exchange:
         if outcome == DONE:
             outcome = self._post(step, half.offset, True)
         if outcome == DONE:
-            code = half.emptied.record_on(self._stream)
+            code = half.emptied.record(self._stream)
             if code != ACL_SUCCESS:
                 return self._failed("aclrtRecordEvent", code)
         return outcome
 
     cdef Outcome _receive_step(self, Row *row, const Step *step, Half half, const Gate *gate) noexcept nogil:
-        cdef aclError code = half.emptied.make_stream_wait(self._stream) if half.used else ACL_SUCCESS
+        cdef aclError code = half.emptied.make_wait(self._stream) if half.used else ACL_SUCCESS
         cdef Outcome outcome
         if code != ACL_SUCCESS:
             return self._failed("aclrtStreamWaitEvent", code)
@@ -323,17 +323,17 @@ cdef class Exchange:
         if outcome == DONE:
             outcome = self._copy_step(row, step, half, half.filled, False, gate)
         if outcome == DONE:
-            code = half.emptied.record_on(self._copies)
+            code = half.emptied.record(self._copies)
             if code != ACL_SUCCESS:
                 return self._failed("aclrtRecordEvent", code)
         return outcome
 
     cdef Outcome _hand_over(self, Event event, Stream done, Stream goes_on) noexcept nogil:
         """Let a stream go on only when another one has come to where it is now."""
-        cdef aclError code = event.record_on(done)
+        cdef aclError code = event.record(done)
         if code != ACL_SUCCESS:
             return self._failed("aclrtRecordEvent", code)
-        code = event.make_stream_wait(goes_on)
+        code = event.make_wait(goes_on)
         return DONE if code == ACL_SUCCESS else self._failed("aclrtStreamWaitEvent", code)
 
     cdef Outcome _post(self, const Step *step, uint64_t offset, bint sending) noexcept nogil:

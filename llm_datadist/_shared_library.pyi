@@ -2,9 +2,7 @@ class LibraryMissing(Exception):
     names: tuple[str, ...]
     attempts: tuple[str, ...]
     symbol: str | None
-    def __init__(
-        self, names: tuple[str, ...], attempts: tuple[str, ...] = (), symbol: str | None = None
-    ) -> None: ...
+    def __init__(self, names: tuple[str, ...], attempts: tuple[str, ...] = (), symbol: str | None = None) -> None: ...
 
 class SharedLibrary:
     @property

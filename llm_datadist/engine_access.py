@@ -29,6 +29,10 @@ class EngineAccess:
         """Give the id that the engine knows a cache by; caches of another instance get one that it does not know."""
         return cache._cache_id if cache._manager is self else CPU_CACHE_ID
 
+    def _tensor_contents(self, cache: CacheHandle, tensor_index: int) -> list[memoryview]:
+        """Give the bytes of a tensor that exists, or a copy of them, one view a device."""
+        return self._engine.tensor_contents(self._engine_id(cache), tensor_index)
+
     def _tensor_memory(self, cache: CacheHandle, tensor_index: int) -> list[memoryview]:
         """Give the bytes of a tensor that exists, writable, one view a device."""
         return self._engine.tensor_memory(self._engine_id(cache), tensor_index)

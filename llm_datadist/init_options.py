@@ -10,6 +10,7 @@ from llm_datadist.buf_pool_option import parse_buf_pool
 from llm_datadist.cache_manager_options import read_cache_manager_options, wants_cache_manager
 from llm_datadist.cluster_info_option import CLUSTER_INFO, own_cluster
 from llm_datadist.engine.copy_threads import MAX_THREADS
+from llm_datadist.engine.device_choice import OPTION as DEVICE_BACKEND
 from llm_datadist.engine.options import EngineOptions, NetworkOptions, SizeClass
 from llm_datadist.known_options import warn_of_unknown
 from llm_datadist.mode_rules import ModeRules
@@ -84,6 +85,7 @@ def read_init_options(role: LLMRole, cluster_id: int, options: dict[str, str]) -
         buf_pool_classes=classes,
         copy_threads=_copy_threads(options),
         network=_network(options),
+        device_backend=option_text(options, DEVICE_BACKEND),
     )
     return InitOptions(engine, {ROLE: _ROLE_NAMES[role], CLUSTER_INFO: cluster.text}, ModeRules())
 
@@ -101,6 +103,7 @@ def _read_cache_manager(role: LLMRole, cluster_id: int, options: dict[str, str])
         cache_manager=init.options,
         copy_threads=_copy_threads(options),
         network=_network(options),
+        device_backend=option_text(options, DEVICE_BACKEND),
     )
     return InitOptions(engine, {}, init.rules)
 

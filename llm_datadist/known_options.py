@@ -8,7 +8,7 @@ import logging
 _log = logging.getLogger("llm_datadist")
 
 # Every documented key of the component's own name space, and what this library adds (llm.CopyThreads, llm.Data...,
-# llm.Transport); other name spaces (ge., hccl.) are the business of others.
+# llm.DeviceBackend, llm.Transport); other name spaces (ge., hccl.) are the business of others.
 _PREFIX = "llm."
 _KNOWN = frozenset(
     {
@@ -18,6 +18,7 @@ _KNOWN = frozenset(
         "llm.DataAddress",
         "llm.DataChecksum",
         "llm.DataPorts",
+        "llm.DeviceBackend",
         "llm.EnableCacheManager",
         "llm.EnableRemoteCacheAccessible",
         "llm.EnableSwitchRole",

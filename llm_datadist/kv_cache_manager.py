@@ -395,7 +395,7 @@ class KvCacheManager(LocalCopyCalls, TransferCall, SealedBlocks):
         if not 0 <= tensor_index < desc.num_tensors:
             raise InvalidArgument(f"tensor_index {tensor_index} is out of range, should be in [0, {desc.num_tensors})")
         tensor_desc = TensorDesc(desc.data_type, desc.shape)
-        return [Tensor._over(memory, tensor_desc, cache) for memory in self._tensor_memory(cache, tensor_index)]
+        return [Tensor._over(memory, tensor_desc, cache) for memory in self._tensor_contents(cache, tensor_index)]
 
     # ---- for the instance and the handles
 

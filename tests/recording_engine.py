@@ -148,6 +148,10 @@ class RecordingEngine:
     def swap_blocks(self, *args: Any) -> None:
         self._note("swap_blocks", *args)
 
+    def tensor_contents(self, cache_id: int, tensor_index: int) -> list[memoryview]:
+        self._note("tensor_contents", cache_id, tensor_index)
+        return [] if self.tensor is None else [self.tensor]
+
     def tensor_memory(self, cache_id: int, tensor_index: int) -> list[memoryview]:
         self._note("tensor_memory", cache_id, tensor_index)
         return [] if self.tensor is None else [self.tensor]

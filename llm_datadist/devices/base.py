@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from llm_datadist._local_copies import LocalCopier
+from llm_datadist._segment import Memory
+
+if TYPE_CHECKING:
+    from llm_datadist.transports.hccl.hccl_device import HcclDevice
 
 
 class DevicePool(Protocol):
@@ -19,6 +25,10 @@ class DevicePool(Protocol):
     address: int
     capacity: int
 
+    @property
+    def segment(self) -> Memory:
+        """The memory itself, for native code."""
+
     def prepare(self, offset: int, nbytes: int) -> None:
         """Make a range ready for use, so that the first transfer into it does not pay for that.
 
@@ -29,7 +39,28 @@ class DevicePool(Protocol):
         """
 
     def memory(self, offset: int, nbytes: int) -> memoryview:
-        """Give a range as writable bytes; it stays mapped as long as the view lives."""
+        """Give a range as writable bytes; it stays mapped as long as the view lives.
+
+        Raises
+        ------
+        LLMException
+            LLM_FEATURE_NOT_ENABLED: the host cannot see the memory of the device.
+        """
+
+    def contents(self, address: int, nbytes: int, deadline_ns: int) -> memoryview | None:
+        """Give a copy of what is at an address of the pool; None if the host can see it where it is.
+
+        Raises
+        ------
+        LLMException
+            The device does not let it be copied, or not by the deadline (monotonic clock).
+        """
+
+    def copier(self, threads: int) -> LocalCopier:
+        """Make what copies between caches, and between them and host memory, with so many threads of the host."""
+
+    def hccl(self, sync_kv_timeout_ms: int) -> HcclDevice | None:
+        """Make what links over HCCL need; None if peers reach the memory in other ways."""
 
     def close(self) -> None:
         """Give the memory up; may be called twice."""

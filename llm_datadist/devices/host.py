@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from llm_datadist._local_copies import LocalCopier
 from llm_datadist._segment import HUGE_PAGE
 from llm_datadist.devices.huge_pages import create_pool_segment
 from llm_datadist.status import LLMException, LLMStatusCode
@@ -62,6 +63,15 @@ class HostPool:
 
     def memory(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.segment)[offset : offset + nbytes]
+
+    def contents(self, address: int, nbytes: int, deadline_ns: int) -> None:
+        """Give nothing: it can be seen where it is."""
+
+    def copier(self, threads: int) -> LocalCopier:
+        return LocalCopier(threads)
+
+    def hccl(self, sync_kv_timeout_ms: int) -> None:
+        """Peers map the memory, or ask this process for it."""
 
     def close(self) -> None:
         self.segment.close()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from llm_datadist._directory import Directory, DirectoryFull
 from llm_datadist._local import LocalCache
-from llm_datadist.devices.host import HostPool
+from llm_datadist.devices.base import DevicePool
 from llm_datadist.engine.cache_pool import CachePool, CachePoolExhausted, Extent
 from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.keys import KeyKind, KeyName
@@ -65,7 +65,7 @@ class CacheTable:
 
     Parameters
     ----------
-    device : HostPool
+    device : DevicePool
         The device's memory; the table closes it.
     pool : CachePool
         Says where in it caches go.
@@ -80,7 +80,7 @@ class CacheTable:
         Guards the directory and everything in here.
     """
 
-    def __init__(self, device: HostPool, pool: CachePool, codes: ModeCodes = KV_MODE) -> None:
+    def __init__(self, device: DevicePool, pool: CachePool, codes: ModeCodes = KV_MODE) -> None:
         self.device = device
         self.directory = Directory(device.capacity, device.address)
         self.lock = threading.Lock()

@@ -294,7 +294,7 @@ class Communicator:
             self._handshakes.pop(rank).close()  # the member has begun again
         self._strangers.remove(stranger)
         self._handshakes[rank] = stranger
-        if choice.transport == tcp.NAME:
+        if choice.transport != shared_memory.NAME:
             return (yield from self._tcp.accept(connection, self._place(rank), hello, self._hello, choice.reason))
         return (yield from accept(connection, self._place(rank), hello, self._hello, self._grants))
 
@@ -373,7 +373,9 @@ class Communicator:
 
     def _end_set_up(self) -> None:
         """Wait for nobody any more; others may still make data connections of links that they have joined over TCP."""
-        if any(link.end.name == tcp.NAME for rank, link in self._links.items() if rank > self.membership.rank):
+        if any(
+            link.end.name != shared_memory.NAME for rank, link in self._links.items() if rank > self.membership.rank
+        ):
             self._waiting.expect_nobody()
         else:
             self._waiting.close()

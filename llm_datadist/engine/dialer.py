@@ -11,8 +11,7 @@ from typing import Callable
 
 from llm_datadist.control.loop import ControlLoop
 from llm_datadist.transports import tcp
-from llm_datadist.transports.base import Grant
-from llm_datadist.transports.tcp import TcpEnd
+from llm_datadist.transports.base import End, Grant
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -42,7 +41,7 @@ class Dialer:
         self._on_both: Callable[[OSError | None], None] | None = None
         self._closed = False
 
-    def serve(self, end: TcpEnd, grant: Grant) -> None:
+    def serve(self, end: End, grant: Grant) -> None:
         """Say who gets the connections."""
         self._takers = {tcp.FORWARD: end.add_channel, tcp.REVERSE: grant.serve}
 

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from llm_datadist._copy import enter_workers, leave_workers
 from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.control.loop import ControlLoop
+from llm_datadist.devices.base import DevicePool
 from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
 from llm_datadist.engine.copy_threads import copy_threads
+from llm_datadist.engine.device_choice import DeviceKind, choose_device
 from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.keys import KeyKind, KeyName
@@ -68,8 +70,9 @@ class Engine(Transfers):
         self._failures = TransferFailures(self._codes, options.sync_kv_timeout_ms)
         self._jobs = TransferJobs(self._codes.timeout)
         self._copy_threads = copy_threads(options.copy_threads)
-        settings = network(options.network)
-        self._caches = _open_caches(options)
+        kind = choose_device(options.device_backend)
+        settings = network(options.network, on_ascend=kind is not DeviceKind.HOST)
+        self._caches = _open_caches(options, kind)
         try:
             self._loop = ControlLoop()
         except BaseException:
@@ -78,8 +81,11 @@ class Engine(Transfers):
         enter_workers()
         if options.cache_manager is not None:
             let_peers_in()
-        self._grants = Grants(self._caches, options.cache_manager is not None)
-        self._copies = LocalCopies(self._caches, self._timeout_ms, self._copy_threads, self._codes.timeout)
+        device = self._caches.device
+        hccl = device.hccl(self._timeout_ms)
+        self._grants = Grants(self._caches, options.cache_manager is not None, summed=settings.summed, hccl=hccl)
+        copier = device.copier(self._copy_threads)
+        self._copies = LocalCopies(self._caches, self._timeout_ms, copier, self._codes.timeout)
         cache_manager = options.cache_manager
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity(), cache_manager is not None)
         self._links = LinkTable(self._loop, self._caches.forget_peer, identity, self._copy_threads)
@@ -227,6 +233,21 @@ class Engine(Transfers):
         if found is None:
             raise no_cache("get_cache_tensors", cache_id)
         return [self.memory(*found)]
+
+    def tensor_contents(self, cache_id: int, tensor_index: int) -> list[memoryview]:
+        """Give what one tensor holds: its memory if the host can see it, else a copy; one view a device.
+
+        Raises
+        ------
+        LLMException
+            LLM_KV_CACHE_NOT_EXIST; the mode's code for a timeout, or LLM_FAILED: the device does not let it be copied.
+        """
+        self._require_open("get_cache_tensors")
+        found = self._caches.tensor_range(cache_id, tensor_index)
+        if found is None:
+            raise no_cache("get_cache_tensors", cache_id)
+        copied = self._caches.device.contents(*found, time.monotonic_ns() + self._timeout_ns)
+        return [self.memory(*found) if copied is None else copied]
 
     def memory(self, address: int, nbytes: int) -> memoryview:
         """Give a range of memory of this process as writable bytes; in the pool it stays mapped as long as the view."""
@@ -397,7 +418,7 @@ class Engine(Transfers):
             raise failure(call, LLMStatusCode.LLM_FAILED, reason)
 
 
-def _open_caches(options: EngineOptions) -> CacheTable:
+def _open_caches(options: EngineOptions, kind: DeviceKind) -> CacheTable:
     """Reserve the memory of an engine, with nothing in it."""
     mode = options.cache_manager
     if mode is None:
@@ -412,14 +433,24 @@ def _open_caches(options: EngineOptions) -> CacheTable:
         writable = True
     codes = KV_MODE if mode is None else CACHE_MANAGER_MODE
     try:
-        device_pool = HostPool(nbytes, peers_may_write=writable)
+        device_pool = _open_device(kind, options.device_ids[0], nbytes, writable)
     except LLMException as error:
-        raise failure("init", codes.out_of_memory, str(error)) from error
+        if error.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY:
+            raise failure("init", codes.out_of_memory, str(error)) from error
+        raise
     try:
         return CacheTable(device_pool, pool, codes)
     except BaseException:
         device_pool.close()
         raise
+
+
+def _open_device(kind: DeviceKind, device_id: int, nbytes: int, writable: bool) -> DevicePool:
+    if kind is DeviceKind.HOST:
+        return HostPool(nbytes, peers_may_write=writable)
+    from llm_datadist.devices.ascend.pool import open_pool
+
+    return open_pool(device_id, nbytes, simulated=kind is DeviceKind.ASCEND_SIMULATOR)
 
 
 def _bound(call: str, keys: Sequence[KeyName | None], slots: int, blocks_model: int | None) -> dict[KeyName, int]:

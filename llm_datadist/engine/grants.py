@@ -1,16 +1,41 @@
-"""What peers are granted: one for each link, of the kind that its transport needs."""
+"""What links are made of on this side: what a peer is granted, and with data connections the end that asks it too."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Callable, NamedTuple
+
 from llm_datadist.engine.caches import CacheTable
+from llm_datadist.transports import hccl as hccl_transport
+from llm_datadist.transports import private_memory, tcp
+from llm_datadist.transports.base import End, Grant
 from llm_datadist.transports.data_service import DataService
 from llm_datadist.transports.serving_threads import ServingThreads
 from llm_datadist.transports.shared_memory import SharedMemoryGrant
-from llm_datadist.transports.tcp import TcpGrant
+from llm_datadist.transports.tcp import TcpEnd, TcpGrant
+
+if TYPE_CHECKING:
+    from llm_datadist.transports.hccl.hccl_device import HcclDevice
+
+_COMMUNICATORS_SECONDS = 5.0  # to be taken down
+
+
+class DataLink(NamedTuple):
+    """Both ends, on this side, of a link with data connections.
+
+    Attributes
+    ----------
+    end : End
+        What this process does to the peer.
+    grant : Grant
+        What the peer may do to the caches of this process.
+    """
+
+    end: End
+    grant: Grant
 
 
 class Grants:
-    """Makes the grants of one engine, and owns the threads of its data servers.
+    """Makes the ends and grants of one engine, and owns the threads of its data servers.
 
     Parameters
     ----------
@@ -18,14 +43,29 @@ class Grants:
         What is granted.
     cache_manager : bool
         Whether both ends of a link pull and push, and caches may be memory of the program.
+    summed : bool
+        Whether bytes over data connections are summed and compared.
+    hccl : HcclDevice or None
+        Moves the bytes of links with data connections, if the caches are on a device that HCCL connects; the grants
+        close it.
+
+    Attributes
+    ----------
+    data_transport : str
+        What links with data connections are called.
     """
 
-    def __init__(self, caches: CacheTable, cache_manager: bool) -> None:
+    def __init__(
+        self, caches: CacheTable, cache_manager: bool, *, summed: bool = False, hccl: HcclDevice | None = None
+    ) -> None:
         self._caches = caches
         self._both_ways = cache_manager
+        self._summed = summed
+        self._hccl = hccl
         self._threads = ServingThreads()
         self._service: DataService | None = None
-        if cache_manager:
+        self.data_transport = tcp.NAME if hccl is None else hccl_transport.NAME
+        if cache_manager and hccl is None:
             self._service = DataService(caches.device.segment, caches.directory, caches.lock, self._threads)
 
     def shared_memory(self, peer_writes: bool) -> SharedMemoryGrant:
@@ -38,15 +78,29 @@ class Grants:
             service=self._service,
         )
 
-    def tcp(self, peer_writes: bool) -> TcpGrant:
-        """Answer requests of a peer that cannot map memory."""
-        return TcpGrant(
-            self._caches.device.segment,
-            self._caches.directory,
-            self._caches.lock,
-            self._threads,
-            peer_writes=peer_writes or self._both_ways,
-        )
+    def data_link(
+        self, want_channel: Callable[[], None], on_close: Callable[[], None] | None = None, *, peer_writes: bool
+    ) -> DataLink:
+        """Begin a link with a peer that cannot map memory.
+
+        Parameters
+        ----------
+        want_channel : callable
+            See to it that there will be another data connection; must not block.
+        on_close : callable, optional
+            Called when the end is closed.
+        peer_writes : bool
+            Whether the peer may push.
+        """
+        private = private_memory.DATA_SERVER if self._both_ways else None
+        granted = (self._caches.device.segment, self._caches.directory, self._caches.lock, self._threads)
+        writes = peer_writes or self._both_ways
+        if self._hccl is None:
+            end = TcpEnd(want_channel, on_close, summed=self._summed, private_memory=private)
+            return DataLink(end, TcpGrant(*granted, peer_writes=writes))
+        from llm_datadist.transports.hccl.end import data_link
+
+        return DataLink(*data_link(self._hccl, want_channel, on_close, private, granted, peer_writes=writes))
 
     def close(self, timeout_s: float) -> bool:
         """End the data servers; every grant was revoked before. Tells whether they have ended in time."""
@@ -54,4 +108,4 @@ class Grants:
             return False
         if self._service is not None:
             self._service.close()
-        return True
+        return self._hccl is None or self._hccl.close(_COMMUNICATORS_SECONDS)

@@ -124,10 +124,10 @@ class LinkClient:
         return answer
 
     def _join(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Link:
-        if accept.transport == tcp.NAME:
-            joined = self._join_tcp(cluster, accept, deadline)
-        else:
+        if accept.transport == shared_memory.NAME:
             joined = self._join_shared_memory(accept, deadline)
+        else:
+            joined = self._join_data_port(cluster, accept, deadline)
         end, grant, connection = joined
         try:
             connection.settimeout(_left(deadline))
@@ -169,17 +169,9 @@ class LinkClient:
             connection.close()
             raise
 
-    def _join_tcp(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Joined:
+    def _join_data_port(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Joined:
         host = accept.data_host or address_text(cluster.remote[0][0])
-        return join(
-            self._loop,
-            (host, accept.data_port),
-            accept.token,
-            self._identity,
-            self._grants,
-            summed=self._network.summed,
-            deadline=deadline,
-        )
+        return join(self._loop, (host, accept.data_port), accept.token, self._grants, deadline)
 
     def unlink(self, link: Link, deadline: float) -> LLMStatusCode:
         """Ask the server to take its side down, and tell what came of it.

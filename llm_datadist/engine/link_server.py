@@ -35,7 +35,7 @@ from llm_datadist.engine.link import Identity, Link
 from llm_datadist.engine.link_state import LinkEvent
 from llm_datadist.engine.link_table import LinkTable
 from llm_datadist.engine.network import Network
-from llm_datadist.engine.set_ups import SetUp, SharedMemorySetUp, TcpSetUp, take_stream
+from llm_datadist.engine.set_ups import DataSetUp, SetUp, SharedMemorySetUp, take_stream
 from llm_datadist.engine.transport_choice import Choice, choose
 from llm_datadist.status import LLMStatusCode
 from llm_datadist.transports import rendezvous, shared_memory, tcp
@@ -112,7 +112,7 @@ class LinkServer:
             listener, self._name = rendezvous.listen()
             size = rendezvous.TOKEN_BYTES
             self._entrances.append(Entrance(self._loop, listener, rendezvous.accept, size, self._on_token))
-        if tcp.NAME not in self._network.transports:
+        if self._grants.data_transport not in self._network.transports:
             return
         host, ports = self._network.data_address or host, self._network.data_ports
         try:
@@ -220,9 +220,9 @@ class LinkServer:
 
     def _new_set_up(self, hello: Hello, choice: Choice, deadline: float) -> SetUp:
         token = rendezvous.new_token()
-        if choice.transport == tcp.NAME:
-            return TcpSetUp(hello, token, choice, deadline, self._network.summed)
-        return SharedMemorySetUp(hello, token, choice, deadline)
+        if choice.transport == shared_memory.NAME:
+            return SharedMemorySetUp(hello, token, choice, deadline)
+        return DataSetUp(hello, token, choice, deadline)
 
     def _check(self, hello: Hello, choice: Choice) -> Refuse | None:
         failed = LLMStatusCode.LLM_LINK_FAILED
@@ -261,9 +261,9 @@ class LinkServer:
         said = tcp.read_preamble(preamble)
         token, purpose = said or (b"", b"")
         set_up = self._set_ups.get(token)
-        if purpose == tcp.LINK and isinstance(set_up, TcpSetUp) and set_up.connection is None:
+        if purpose == tcp.LINK and isinstance(set_up, DataSetUp) and set_up.connection is None:
             self._begin(set_up, connection)
-        elif purpose in (tcp.FORWARD, tcp.REVERSE) and isinstance(set_up, TcpSetUp):
+        elif purpose in (tcp.FORWARD, tcp.REVERSE) and isinstance(set_up, DataSetUp):
             set_up.take(connection, purpose)
         else:
             link = self._table.accepted_with(token) if purpose in (tcp.FORWARD, tcp.REVERSE) else None

@@ -27,20 +27,20 @@ class LocalCopies:
         Caches of the engine.
     timeout_ms : int
         How long one call may take, the time in the queue included.
-    threads : int
-        Threads that one copy may use.
+    copier : LocalCopier
+        Carries them out; the copies close it.
     timeout_code : LLMStatusCode
         What a call ends with that takes longer.
     """
 
     def __init__(
-        self, table: CacheTable, timeout_ms: int, threads: int = 1, timeout_code: LLMStatusCode = KV_MODE.timeout
+        self, table: CacheTable, timeout_ms: int, copier: LocalCopier, timeout_code: LLMStatusCode = KV_MODE.timeout
     ) -> None:
         self._timeout_code = timeout_code
         self._table = table
         self._timeout_ms = timeout_ms
         self._queue = threading.Lock()
-        self._copier = LocalCopier(threads)
+        self._copier = copier
 
     def close(self) -> bool:
         """End running copies with an error; False if one does not end, whose memory must then stay mapped."""

@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 
 from llm_datadist.engine.rank_table import BadRankTable, RankedDevice, RankTable
 from llm_datadist.ip_address import find_ip, host_text
-from llm_datadist.transports import shared_memory, tcp
+from llm_datadist.transports import shared_memory
 
 Address = tuple[str, int]
 
@@ -89,9 +89,10 @@ def meeting_places(
     unix = shared_memory.NAME in transports
     own = table.devices[own_rank]
     others = [table.devices[rank] for rank in ranks if rank != own_rank]
-    if unix and tcp.NAME in transports:
+    over_network = any(name != shared_memory.NAME for name in transports)
+    if unix and over_network:
         others = [other for other in others if other.server_id != own.server_id or _is_in_a_container(own)]
-    if tcp.NAME not in transports or not others:
+    if not over_network or not others:
         return MeetingPlaces(unix, None, {})
     port_of = _Ports(table, environment)
     addresses = {other.server_id: _address_of(other) for other in [own, *others]}

@@ -1,4 +1,4 @@
-"""How two members that share no memory make their link, over TCP.
+"""How two members that share no memory make their link, with data connections over TCP.
 
 The connection on which the member of higher rank says hello becomes that of the link. When it is accepted, it makes a
 data connection for each direction to the same address, and says so; the other one has taken them then and answers that
@@ -24,8 +24,8 @@ from llm_datadist.engine.meeting_points import MeetingPoints
 from llm_datadist.engine.member_handshake import NobodyThere, Place, answer_of, expect_word, introduce
 from llm_datadist.engine.set_ups import ask_for_channel, take_stream
 from llm_datadist.engine.steps import WRITABLE, Steps
-from llm_datadist.engine.tcp_join import DialingEnd
-from llm_datadist.transports import private_memory, rendezvous, shared_memory, tcp
+from llm_datadist.transports import rendezvous, shared_memory, tcp
+from llm_datadist.transports.base import End
 
 _SECONDS = 5.0  # for one connection to be made
 
@@ -45,15 +45,12 @@ class MemberTcp:
         Makes what a member may reach.
     points : MeetingPoints
         Take the connections of others.
-    summed : bool
-        Whether this side sums the bytes that it moves.
     """
 
-    def __init__(self, loop: ControlLoop, grants: Grants, points: MeetingPoints, summed: bool) -> None:
+    def __init__(self, loop: ControlLoop, grants: Grants, points: MeetingPoints) -> None:
         self.points = points
         self._loop = loop
         self._grants = grants
-        self._summed = summed
 
     def call(
         self, connection: socket.socket, address: Address, meeting: bytes, hello: MemberHello, wake: Callable[[], None]
@@ -105,12 +102,12 @@ class MemberTcp:
         if answer.transport == shared_memory.NAME:
             raise ComeToUnixSocket
         dialer = Dialer(self._loop, address, answer.token)
-        end = DialingEnd(dialer, summed=self._summed, private_memory=private_memory.DATA_SERVER)
-        grant = self._grants.tcp(True)
-        grant.offer = dialer.dial_reverse
+        end, grant = self._grants.data_link(dialer.dial_forward, dialer.close, peer_writes=True)
+        grant.offer_by(dialer.dial_reverse)
         dialer.serve(end, grant)
         try:
             yield from _both_ways(connection, dialer, wake)
+            yield from self._prepare(connection, end, wake)
             connection.send(rendezvous.MAPPED)
             yield from expect_word(connection, rendezvous.LINKED)
         except BaseException:
@@ -129,13 +126,8 @@ class MemberTcp:
         OSError, ValueError
             The other member was lost, or is none of ours.
         """
-        answer = answer_of(mine, tcp.NAME, reason)
-        end = tcp.TcpEnd(
-            lambda: ask_for_channel(connection),
-            summed=self._summed,
-            private_memory=private_memory.DATA_SERVER,
-        )
-        grant = self._grants.tcp(True)
+        answer = answer_of(mine, self._grants.data_transport, reason)
+        end, grant = self._grants.data_link(lambda: ask_for_channel(connection), peer_writes=True)
         taken = set()
 
         def on_stream(stream: socket.socket, purpose: bytes) -> None:
@@ -155,6 +147,20 @@ class MemberTcp:
             grant.revoke()
             raise
         return place.made(answer.token, hello.instance, end, grant, connection, answer.reason)
+
+    def _prepare(self, connection: socket.socket, end: End, wake: Callable[[], None]) -> Steps[None]:
+        """Have everything that transfers need; raises OSError if that is not to be had."""
+        ended: list[bool] = []
+
+        def on_end() -> None:
+            ended.append(True)
+            self._loop.call(wake)
+
+        end.begin_preparing(on_end)
+        while not ended:
+            yield None
+            _require_silence(connection)
+        end.prepare(time.monotonic_ns())
 
     def _reach(
         self, connection: socket.socket, address: Address, meeting: bytes, wake: Callable[[], None]

@@ -65,7 +65,7 @@ class Members:
         self._table = table
         self._options = options
         self._transports = network.transports
-        self._tcp = MemberTcp(loop, grants, MeetingPoints(loop, table), network.summed)
+        self._tcp = MemberTcp(loop, grants, MeetingPoints(loop, table))
         self._ids = itertools.count(1)
         self._by_id: dict[int, Communicator] = {}
         self._lock = threading.Lock()  # guards _by_id

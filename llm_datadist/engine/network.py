@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llm_datadist.engine.failures import invalid
 from llm_datadist.engine.options import NetworkOptions
-from llm_datadist.transports import shared_memory, tcp
+from llm_datadist.transports import hccl, shared_memory, tcp
 from llm_datadist.transports.network_interface import interface_address
 
 # Environment, for what the options do not say.
@@ -17,11 +17,13 @@ DATA_ADDRESS = "LLM_DATADIST_DATA_ADDRESS"
 DATA_CHECKSUM = "LLM_DATADIST_DATA_CHECKSUM"
 
 AUTOMATIC = "auto"
-_TRANSPORTS = {
+# By the kind of memory that caches are in.
+_OF_HOST = {
     AUTOMATIC: (shared_memory.NAME, tcp.NAME),
     shared_memory.NAME: (shared_memory.NAME,),
     tcp.NAME: (tcp.NAME,),
 }
+_OF_ASCEND = {AUTOMATIC: (hccl.NAME,), hccl.NAME: (hccl.NAME,)}
 _CHECKSUMS = {"none": False, "crc32c": True}
 _MAX_PORT = 65535
 
@@ -42,14 +44,14 @@ class Network:
         Whether bytes over data connections are summed and compared.
     """
 
-    transports: tuple[str, ...] = _TRANSPORTS[AUTOMATIC]
+    transports: tuple[str, ...] = _OF_HOST[AUTOMATIC]
     data_ports: tuple[int, int] | None = None
     data_address: str | None = None
     summed: bool = False
 
 
-def network(options: NetworkOptions) -> Network:
-    """Read the settings of an instance.
+def network(options: NetworkOptions, *, on_ascend: bool = False) -> Network:
+    """Read the settings of an instance, whose caches are on the host or on an Ascend device.
 
     Raises
     ------
@@ -57,15 +59,17 @@ def network(options: NetworkOptions) -> Network:
         LLM_PARAM_INVALID: a setting has no possible value.
     """
     transport, name = _setting(options.transport, TRANSPORT)
-    if transport is not None and transport not in _TRANSPORTS:
-        raise invalid("init", f"{name} is {transport!r}, should be one of {', '.join(_TRANSPORTS)}")
+    possible = _OF_ASCEND if on_ascend else _OF_HOST
+    if transport is not None and transport not in possible:
+        where = "on an Ascend device" if on_ascend else "in host memory"
+        raise invalid("init", f"{name} is {transport!r}, should be one of {', '.join(possible)}: caches are {where}")
     checksum, name = _setting(options.data_checksum, DATA_CHECKSUM)
     if checksum is not None and checksum not in _CHECKSUMS:
         raise invalid("init", f"{name} is {checksum!r}, should be one of {', '.join(_CHECKSUMS)}")
     ports, name = _setting(options.data_ports, DATA_PORTS)
     address, _ = _setting(options.data_address, DATA_ADDRESS)
     return Network(
-        transports=_TRANSPORTS[transport or AUTOMATIC],
+        transports=possible[transport or AUTOMATIC],
         data_ports=None if ports is None else _port_range(name, ports),
         data_address=None if address is None else interface_address(address) or address,
         summed=_CHECKSUMS[checksum or "none"],

@@ -96,6 +96,8 @@ class EngineOptions:
         Threads that one copy may use; None = see `llm_datadist.engine.copy_threads`.
     network : NetworkOptions
         Which transports may be used, and where data connections are accepted.
+    device_backend : str or None
+        What the options say about the kind of device; None = what the environment says.
     cache_manager : CacheManagerOptions or None
         What belongs to the cache-manager mode; None in KV mode. With it `pool_bytes` and `buf_pool_classes` have no
         meaning, and any role may listen.
@@ -111,4 +113,5 @@ class EngineOptions:
     buf_pool_classes: tuple[SizeClass, ...] = ()
     copy_threads: int | None = None
     network: NetworkOptions = NetworkOptions()
+    device_backend: str | None = None
     cache_manager: CacheManagerOptions | None = None

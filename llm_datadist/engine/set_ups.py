@@ -16,7 +16,7 @@ from llm_datadist.control.messages import Hello
 from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity
 from llm_datadist.engine.transport_choice import Choice
-from llm_datadist.transports import private_memory, rendezvous, shared_memory, tcp
+from llm_datadist.transports import rendezvous, shared_memory, tcp
 from llm_datadist.transports.base import End, Grant
 
 _log = logging.getLogger("llm_datadist.link")
@@ -93,28 +93,19 @@ class SharedMemorySetUp(SetUp):
         return shared_memory.attach(granted, pool_writable=True, connection=private)
 
 
-class TcpSetUp(SetUp):
-    """The client makes a data connection for each direction.
+class DataSetUp(SetUp):
+    """The client makes a data connection for each direction."""
 
-    Parameters
-    ----------
-    hello, token, choice, deadline
-        As of `SetUp`.
-    summed : bool
-        Whether this side sums the bytes that it moves.
-    """
-
-    def __init__(self, hello: Hello, token: bytes, choice: Choice, deadline: float, summed: bool) -> None:
+    def __init__(self, hello: Hello, token: bytes, choice: Choice, deadline: float) -> None:
         super().__init__(hello, token, choice, deadline)
-        self._summed = summed
-        self._end: tcp.TcpEnd | None = None
+        self._end: End | None = None
 
     def begin(self, connection: socket.socket, identity: Identity, grants: Grants) -> None:
         self.connection = connection
         tcp.tune(connection)  # so that the kernel notices a client that vanishes while nothing moves
-        self.grant = grants.tcp(identity.cache_manager)
-        private = private_memory.DATA_SERVER if identity.cache_manager else None
-        self._end = tcp.TcpEnd(lambda: ask_for_channel(connection), summed=self._summed, private_memory=private)
+        self._end, self.grant = grants.data_link(
+            lambda: ask_for_channel(connection), peer_writes=identity.cache_manager
+        )
         connection.send(rendezvous.GRANTED)
 
     def finish(self, identity: Identity) -> End:

@@ -119,6 +119,10 @@ class SeveralDevices:
         for engine in self._engines:
             engine.remove_key(key)
 
+    def tensor_contents(self, cache_id: int, tensor_index: int) -> list[memoryview]:
+        """Give what one tensor holds, one view a device; see `Engine.tensor_contents`."""
+        return [view for engine in self._engines for view in engine.tensor_contents(cache_id, tensor_index)]
+
     def tensor_memory(self, cache_id: int, tensor_index: int) -> list[memoryview]:
         """Give one tensor as writable bytes, one view a device."""
         return [view for engine in self._engines for view in engine.tensor_memory(cache_id, tensor_index)]

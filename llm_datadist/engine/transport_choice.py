@@ -6,7 +6,7 @@ from typing import NamedTuple, Union
 
 from llm_datadist.control.messages import Hello, MemberHello
 from llm_datadist.engine.link import Identity
-from llm_datadist.transports import shared_memory, tcp
+from llm_datadist.transports import hccl, shared_memory, tcp
 
 SAME_HOST = "same host and network name space"
 
@@ -50,10 +50,15 @@ def choose(
             continue
         if offer == shared_memory.NAME and same_host:
             return Choice(offer, SAME_HOST)
+        if offer == hccl.NAME:
+            return Choice(offer, "the caches of both are on Ascend devices")
         if offer == tcp.NAME:
             return Choice(offer, _why_not_mapped(hello, same_host, other, own))
     if shared_memory.NAME in hello.transports and shared_memory.NAME in allowed:
         return Choice(None, f"memory cannot be shared between this host and that of {other} ({hello.host})")
+    if (hccl.NAME in hello.transports) != (hccl.NAME in allowed):
+        on_device = other if hccl.NAME in hello.transports else own
+        return Choice(None, f"the caches of {on_device} are on an Ascend device, those of the other are on the host")
     return Choice(None, f"{other} offers {hello.transports}, {own} allows {list(allowed)}")
 
 

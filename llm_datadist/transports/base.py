@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Protocol
+from typing import Callable, Protocol
 
 from llm_datadist._local import BlockPairs, LocalCache
 
@@ -33,6 +33,21 @@ class End(Protocol):
 
     def add_channel(self, descriptor: int) -> None:
         """Take over a stream to the data server of the peer; raises ValueError if there is no use for it."""
+
+    def begin_preparing(self, on_end: Callable[[], None]) -> None:
+        """See to it that there is what transfers need beside the connections; does not block.
+
+        `on_end` is called once, in any thread, when it is there or is not to be had; `prepare` tells which.
+        """
+
+    def prepare(self, deadline_ns: int) -> None:
+        """Have what transfers need beside the connections, by the deadline (monotonic clock).
+
+        Raises
+        ------
+        OSError
+            It is not to be had; socket.timeout: not yet.
+        """
 
     def use_threads(self, threads: int) -> None:
         """Let one copy use so many threads, the caller's included."""
@@ -123,6 +138,9 @@ class Grant(Protocol):
 
     def serve(self, descriptor: int) -> None:
         """Serve a stream that the peer has opened, or was given; takes over the descriptor."""
+
+    def offer_by(self, offer: Callable[[], None]) -> None:
+        """Say how `offer_channel` gets a stream; for the side that makes them."""
 
     def offer_channel(self) -> None:
         """Give the peer a stream of its own to ask over, if it is this side that makes them; does not block."""

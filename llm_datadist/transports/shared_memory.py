@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from typing import Callable
 
 from llm_datadist._directory import Claims, Directory
 from llm_datadist._push import PeerTarget
@@ -26,6 +27,13 @@ class SharedMemoryEnd(PeerTarget):
 
     name = NAME
     private_memory: str | None = None  # the way to registered memory of the peer; None in KV mode, which has none
+
+    def begin_preparing(self, on_end: Callable[[], None]) -> None:
+        """Nothing is missing once the memory is mapped."""
+        on_end()
+
+    def prepare(self, deadline_ns: int) -> None:
+        """Do nothing."""
 
     def open_channel(self, connection: socket.socket) -> None:
         """See to it that there is a data channel, if private memory of the peer is reached through its data server.
@@ -139,6 +147,9 @@ class SharedMemoryGrant:
             return
         self._channels.append(channel)
         self._service.serve(channel)
+
+    def offer_by(self, offer: Callable[[], None]) -> None:
+        """Do nothing: there are none to offer."""
 
     def offer_channel(self) -> None:
         """Do nothing: a peer on this host opens its channels by itself."""

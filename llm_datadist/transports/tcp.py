@@ -192,6 +192,13 @@ class TcpEnd(TcpPeer):
     def _want_channel(self) -> None:
         self._want()
 
+    def begin_preparing(self, on_end: Callable[[], None]) -> None:
+        """Nothing is missing once there are connections."""
+        on_end()
+
+    def prepare(self, deadline_ns: int) -> None:
+        """Do nothing."""
+
     def open_channel(self, connection: socket.socket) -> None:
         """See to it that there is a connection; `connection`, that of the link, is not needed for it."""
         if not self.channels:
@@ -227,7 +234,7 @@ class TcpGrant:
         self._server = self._new_server(pool, directory.ledger, self._claims.segment, peer_writes=peer_writes)
         self._streams: list[socket.socket] = []
         self._revoked = False
-        self.offer = _no_offer
+        self._offer = _no_offer
         with lock:
             directory.add_claims(self._claims)
 
@@ -256,8 +263,11 @@ class TcpGrant:
         stream.setblocking(False)
         self._threads.start(stream, self._server.serve, self._end_serving)
 
+    def offer_by(self, offer: Callable[[], None]) -> None:
+        self._offer = offer
+
     def offer_channel(self) -> None:
-        self.offer()
+        self._offer()
 
     @property
     def busy(self) -> bool:

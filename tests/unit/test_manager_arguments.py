@@ -403,4 +403,4 @@ def test_a_tensor_that_is_not_there(decoder: KvCacheManager, cache: KvCache) -> 
         refused("out of range", decoder.get_cache_tensors, cache, index)
     assert asked(decoder) == []
     decoder.get_cache_tensors(cache, 3)
-    assert asked(decoder) == [("tensor_memory", (1, 3))]
+    assert asked(decoder) == [("tensor_contents", (1, 3))]

@@ -85,6 +85,21 @@ class HcclEnd(HcclPeer):
     def _want_communicator(self, deadline_ns: int) -> bool:
         return self.maker.want(deadline_ns)
 
+    def begin_preparing(self, on_end: Callable[[], None]) -> None:
+        """Begin to make the communicator."""
+        self.maker.begin(on_end)
+
+    def prepare(self, deadline_ns: int) -> None:
+        """Have a communicator by the deadline."""
+        try:
+            made = self.maker.want(deadline_ns)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ConnectionError(f"no communicator: {error}") from error
+        if not made:
+            raise socket.timeout("the communicator was not made in time")
+
     def open_channel(self, connection: socket.socket) -> None:
         """See to it that there is a data connection; `connection`, that of the link, is not needed for it."""
         if not self.channels:
@@ -138,6 +153,21 @@ class HcclGrant(TcpGrant):
         super().revoke()
         if first:
             self._shared.let_go()
+
+
+def data_link(
+    hccl: HcclDevice,
+    want_channel: Callable[[], None],
+    on_close: Callable[[], None] | None,
+    private_memory: str | None,
+    granted: tuple[Memory, Directory, threading.Lock, ServingThreads],
+    *,
+    peer_writes: bool,
+) -> tuple[HcclEnd, HcclGrant]:
+    """Begin a link: both of its ends on this side, which share the exchange."""
+    shared = SharedExchange(hccl)
+    end = HcclEnd(hccl, shared, want_channel, on_close, private_memory)
+    return end, HcclGrant(*granted, peer_writes=peer_writes, shared=shared, maker=end.maker)
 
 
 class _Server(HcclServer):

@@ -90,7 +90,7 @@ class HcclDevice:
     @property
     def batched(self) -> bool:
         if self._batched is None:
-            self._batched = _hccl.has_batches()
+            self._batched = _hccl.batched()
         return self._batched
 
     @property

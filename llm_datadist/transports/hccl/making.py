@@ -198,9 +198,7 @@ class Maker:
                 return True
         return self._answer_in_thread(descriptor, wish, slot, deadline)
 
-    def _answer_in_thread(
-        self, descriptor: int, wish: CommunicatorWish, slot: threading.Lock, deadline: float
-    ) -> bool:
+    def _answer_in_thread(self, descriptor: int, wish: CommunicatorWish, slot: threading.Lock, deadline: float) -> bool:
         ended: list[bool] = []
 
         def run() -> None:
@@ -235,8 +233,7 @@ class Maker:
     def _give(self, talk: _Talk, wish: CommunicatorWish, deadline: float) -> None:
         settings = self._hccl.settings
         with _Change(self._exchange, deadline):
-            with self._hccl.device.current():
-                root = Communicator.root_info()
+            root = Communicator.root_info(self._hccl.device)
             offer = CommunicatorOffer(
                 busy=False,
                 reason="",
