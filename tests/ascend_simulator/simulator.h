@@ -106,6 +106,7 @@ struct sim_context;
 enum {
     SIM_NEEDS_CONTEXT = 1, /* else no_context, 107002 (HCCL: 15) */
     SIM_BLOCKS = 2,        /* may wait: gil_held if the thread holds Python's lock */
+    SIM_FAULT_LATER = 8, /* the caller looks for the fault that names the function: sim_fault with a way to end a hang */
     SIM_HCCL = 4,          /* failures come as HcclResult: 15 without a context or before aclInit, 1 for misuse */
 };
 
@@ -197,6 +198,7 @@ struct sim_task {
     /* ---- the stream's ---- */
     struct sim_stream *stream;
     struct sim_task *next;
+    struct sim_task *next_use, *previous_use;
     uint64_t not_before;
     bool stopped;
     bool woken;
