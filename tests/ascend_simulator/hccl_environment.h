@@ -1,0 +1,22 @@
+/* The variables of HCCL, read once at its first use, as the vendor's library does. */
+#ifndef HCCL_ENVIRONMENT_H
+#define HCCL_ENVIRONMENT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct hccl_environment {
+    uint64_t connect_timeout_ns;   /* scaled */
+    uint64_t execution_timeout_ns; /* scaled; UINT64_MAX without limit */
+    uint64_t retry_ns;             /* scaled: until the network gives a dead peer up */
+    uint32_t buffer_mib;
+    bool roce_inside_server;
+    bool roce_between_servers; /* of one super pod */
+};
+
+/* The values, or NULL with the text set when one of them is outside its range. */
+const struct hccl_environment *hccl_environment(const char *function);
+/* A time limit of HCCL's own, scaled. */
+uint64_t hccl_scaled_ns(double seconds);
+
+#endif
