@@ -26,6 +26,8 @@ MODULES = [
     "_shared_library",
     "_acl",
     "_hccl",
+    "_ascend_lane",
+    "_ascend_copies",
     "_hccl_exchange",
     "_hccl_end",
 ]

@@ -1,10 +1,11 @@
 from llm_datadist._acl import Device
+from llm_datadist._shared_library import VendorError
 
 COMMUNICATOR_VARIABLE: str
 OPERATOR_VARIABLE: str
 ROOT_INFO_BYTES: int
 
-class HcclError(Exception):
+class HcclError(VendorError):
     function: str
     code: int
     text: str

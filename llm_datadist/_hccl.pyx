@@ -18,7 +18,7 @@ from llm_datadist._acl cimport (
 from llm_datadist._atomics cimport monotonic_ns
 from llm_datadist._shared_library cimport SharedLibrary
 
-from llm_datadist._shared_library import LibraryMissing
+from llm_datadist._shared_library import LibraryMissing, VendorError
 
 cdef extern from "unistd.h" nogil:
     int usleep(unsigned microseconds)
@@ -36,7 +36,7 @@ _DEFAULTS = {_RDMA_TIMEOUT: "15", _CONNECT_TIMEOUT: "120"}
 cdef uint64_t LAST_TRY_NS = 2000000000  # of a destructor, which has no deadline of its caller
 
 
-class HcclError(Exception):
+class HcclError(VendorError):
     """A function of HCCL failed.
 
     Attributes

@@ -1,4 +1,6 @@
-class LibraryMissing(Exception):
+class VendorError(Exception): ...
+
+class LibraryMissing(VendorError):
     names: tuple[str, ...]
     attempts: tuple[str, ...]
     symbol: str | None

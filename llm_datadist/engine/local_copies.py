@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from llm_datadist._local import BlockPairs, LocalCache, block_pairs
 from llm_datadist._local_copies import LocalCopier, LocalOutcome
+from llm_datadist._shared_library import VendorError
 from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.engine.failures import failure, invalid, no_cache
@@ -29,14 +31,20 @@ class LocalCopies:
         How long one call may take, the time in the queue included.
     copier : LocalCopier
         Carries them out; the copies close it.
-    timeout_code : LLMStatusCode
-        What a call ends with that takes longer.
+    timeout_code, out_of_memory_code : LLMStatusCode
+        What a call ends with that takes longer, or that needs memory which is not to be had.
     """
 
     def __init__(
-        self, table: CacheTable, timeout_ms: int, copier: LocalCopier, timeout_code: LLMStatusCode = KV_MODE.timeout
+        self,
+        table: CacheTable,
+        timeout_ms: int,
+        copier: LocalCopier,
+        timeout_code: LLMStatusCode = KV_MODE.timeout,
+        out_of_memory_code: LLMStatusCode = KV_MODE.out_of_memory,
     ) -> None:
         self._timeout_code = timeout_code
+        self._out_of_memory_code = out_of_memory_code
         self._table = table
         self._timeout_ms = timeout_ms
         self._queue = threading.Lock()
@@ -78,10 +86,11 @@ class LocalCopies:
         nbytes = _bytes_to_copy(call, src, dst, offset, size)
         self._wait_for_turn(call, deadline_ns)
         try:
-            outcome = self._copier.copy_slot(dst, src, dst_slot, src_slot, offset, nbytes, deadline_ns)
+            self._carry_out(
+                call, lambda: self._copier.copy_slot(dst, src, dst_slot, src_slot, offset, nbytes, deadline_ns)
+            )
         finally:
             self._queue.release()
-        self._report(call, outcome)
 
     def copy_blocks(self, cache_id: int, src_blocks: list[int], dst_blocks: list[int]) -> None:
         """Copy block ``src_blocks[i]`` into block ``dst_blocks[i]`` in every tensor, one pair after the other.
@@ -102,10 +111,9 @@ class LocalCopies:
             raise invalid(call, f"block {largest} is out of range, cache {cache_id} has {cache.slots} blocks")
         self._wait_for_turn(call, deadline_ns)
         try:
-            outcome = self._copier.copy_blocks(cache, pairs, deadline_ns)
+            self._carry_out(call, lambda: self._copier.copy_blocks(cache, pairs, deadline_ns))
         finally:
             self._queue.release()
-        self._report(call, outcome)
 
     def swap_blocks(
         self,
@@ -144,7 +152,10 @@ class LocalCopies:
             return
         _check_host_addresses(call, host_addresses, cache.tensors)
         _check_device_blocks(call, cache, pairs, block_nbytes, swap_in)
-        self._report(call, self._copier.swap_blocks(cache, host_addresses, pairs, block_nbytes, swap_in, deadline_ns))
+        self._carry_out(
+            call,
+            lambda: self._copier.swap_blocks(cache, host_addresses, pairs, block_nbytes, swap_in, deadline_ns),
+        )
 
     def _deadline_ns(self) -> int:
         return time.monotonic_ns() + self._timeout_ms * 1_000_000
@@ -159,6 +170,17 @@ class LocalCopies:
         left = (deadline_ns - time.monotonic_ns()) / 1e9
         if not self._queue.acquire(timeout=max(left, 0.0)):
             raise self._timed_out(call)
+
+    def _carry_out(self, call: str, copy: Callable[[], LocalOutcome]) -> None:
+        try:
+            outcome = copy()
+        except VendorError as error:
+            # Loaded here: processes without such a device need no word of it.
+            from llm_datadist.devices.ascend.errors import llm_exception
+
+            codes = {"timeout": self._timeout_code, "out_of_memory": self._out_of_memory_code}
+            raise llm_exception(call, error, **codes) from error
+        self._report(call, outcome)
 
     def _report(self, call: str, outcome: LocalOutcome) -> None:
         if outcome == LocalOutcome.DONE:
