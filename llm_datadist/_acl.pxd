@@ -1,9 +1,10 @@
 # The ACL runtime of Ascend devices: its functions, found in the installed library when an Ascend device is first asked
 # for, and owners of what they give out.
 #
-# Rules for who uses this. The device must be current on the calling thread (`Device.enter`, then `leave`) around every
-# call of a function here and every `cdef` method of Stream and Event; methods that Python sees do it themselves. No call
-# may hold the interpreter lock. Nothing waits without a limit: `Stream.wait` and `Event.wait` follow a gate.
+# Rules for who uses this. The device must be current on the calling thread (`Device.enter`, then `leave`) around
+# every call of a function here and every `cdef` method of Stream and Event; methods that Python sees do it
+# themselves. No call may hold the interpreter lock. Nothing waits without a limit: `Stream.wait` and `Event.wait`
+# follow a gate.
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
@@ -182,8 +183,9 @@ cdef class Stream:
     cdef aclrtStream handle
     cdef bint aborted
 
-    # Until everything on the stream has taken effect: 0, or the first error of its tasks. ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
-    # when the gate is stopped or late: then tasks may still write, until `abort` has returned 0.
+    # Until everything on the stream has taken effect: 0, or the first error of its tasks.
+    # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT when the gate is stopped or late: then tasks may still write, until `abort` has
+    # returned 0.
     cdef aclError wait(self, const Gate *gate) noexcept nogil
     # 0: no task of the stream touches memory from now on. The stream is of no more use; it can only be closed.
     cdef aclError abort(self) noexcept nogil

@@ -1,10 +1,11 @@
 """The ACL runtime of Ascend devices: its functions, and owners of devices, memory, streams and events.
 
-The vendor's library is looked for when an Ascend device is first asked for. Every handle is given back exactly once, with
-its device current, from whatever thread drops it; the device itself goes when its last handle is gone.
+The vendor's library is looked for when an Ascend device is first asked for. Every handle is given back exactly once,
+with its device current, from whatever thread drops it; the device itself goes when its last handle is gone.
 
-Whose device is current belongs to the thread, and other libraries of the process depend on it. So everything here leaves
-it as it was, and a device is opened and given back on a thread of its own, since the vendor ties both to the calling one.
+Whose device is current belongs to the thread, and other libraries of the process depend on it. So everything here
+leaves it as it was, and a device is opened and given back on a thread of its own, since the vendor ties both to the
+calling one.
 """
 
 import os
@@ -12,7 +13,7 @@ import threading
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memset, strncpy
 
 from llm_datadist._atomics cimport compare_exchange, monotonic_ns, relax, store_release
@@ -583,8 +584,8 @@ cdef bint is_pinned_memory(uint64_t address, uint64_t nbytes) noexcept nogil:
 cdef class DeviceMemory(Memory):
     """Memory of a device, large and meant to be reached by other devices: a pool.
 
-    It begins at a boundary of 2 MiB and has whole pages of 2 MiB, since it is shared with other processes by pages. What
-    it holds at first is not defined.
+    It begins at a boundary of 2 MiB and has whole pages of 2 MiB, since it is shared with other processes by pages.
+    What it holds at first is not defined.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
-# HCCL, the communication between Ascend devices: its functions, found when the first link over it is made, and the owner
-# of a communicator of two ranks.
+# HCCL, the communication between Ascend devices: its functions, found when the first link over it is made, and the
+# owner of a communicator of two ranks.
 #
 # The device of a communicator must be current on the calling thread around every function here; no call may hold the
 # interpreter lock. The first HcclSend, HcclRecv or HcclBatchSendRecv of a pair waits inside the call for the other end.
@@ -64,7 +64,8 @@ cdef inline uint64_t hccl_most_bytes() noexcept nogil:
     return 0x7FFFFFFFF
 
 
-# Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is optional.
+# Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is
+# optional.
 cdef struct HcclFunctions:
     # communicators
     HcclResult (*HcclGetRootInfo)(HcclRootInfo *) noexcept nogil

@@ -1,7 +1,7 @@
 """HCCL, the communication between Ascend devices: its functions, and communicators of two ranks.
 
-The libraries are looked for when the first link over HCCL is made. They come in two files that are versioned apart; older
-releases have everything in one of them.
+The libraries are looked for when the first link over HCCL is made. They come in two files that are versioned apart;
+older releases have everything in one of them.
 """
 
 import os
@@ -27,7 +27,7 @@ COMMUNICATOR_VARIABLE = "LLM_DATADIST_HCOMM_LIBRARY"
 OPERATOR_VARIABLE = "LLM_DATADIST_HCCL_LIBRARY"
 ROOT_INFO_BYTES = sizeof(HcclRootInfo)
 
-# A peer that is gone is known after about 0.9 s over RoCE, where the vendor's default takes 30 s: 7 tries of 4.096 us * 2^15.
+# A peer that is gone is known after 7 tries of 4.096 us * 2^15, about 0.9 s, where the vendor's default takes 30 s.
 _RDMA_TIMEOUT = "HCCL_RDMA_TIMEOUT"
 _RDMA_TRIES = "HCCL_RDMA_RETRY_CNT"
 _CONNECT_TIMEOUT = "HCCL_CONNECT_TIMEOUT"  # seconds
@@ -310,7 +310,7 @@ cdef class Communicator:
 
     @staticmethod
     def root_info(Device device not None):
-        """Make what both ranks need, at rank 0; it must then make its communicator with it, and no other may be made so.
+        """Make what both ranks need, at rank 0, which must then make one communicator with it.
 
         Raises
         ------
@@ -411,7 +411,7 @@ cdef class Communicator:
 
 
 cdef int _fill_config(HcclCommConfig *config, str name, int buffer_mib, int exec_timeout_s, bint newer) except -1:
-    # What is left at zero is neutral. Every library takes the older form; the newer one limits the wait for a dead peer.
+    # What is left at zero is neutral. Every library takes the older form; the newer one limits waits for a dead peer.
     cdef bytes encoded = name.encode()
     cdef const char *text = encoded
     if not 0 < len(encoded) <= HCCL_NAME_MAX_LENGTH or not name.isascii() or "\0" in name:
