@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from llm_datadist._local_copies import LocalCopier
 from llm_datadist._segment import Memory
-
-if TYPE_CHECKING:
-    from llm_datadist.transports.hccl.hccl_device import HcclDevice
 
 
 class DevicePool(Protocol):
@@ -58,9 +55,6 @@ class DevicePool(Protocol):
 
     def copier(self, threads: int) -> LocalCopier:
         """Make what copies between caches, and between them and host memory, with so many threads of the host."""
-
-    def hccl(self, sync_kv_timeout_ms: int) -> HcclDevice | None:
-        """Make what links over HCCL need; None if peers reach the memory in other ways."""
 
     def close(self) -> None:
         """Give the memory up; may be called twice."""

@@ -70,9 +70,6 @@ class HostPool:
     def copier(self, threads: int) -> LocalCopier:
         return LocalCopier(threads)
 
-    def hccl(self, sync_kv_timeout_ms: int) -> None:
-        """Peers map the memory, or ask this process for it."""
-
     def close(self) -> None:
         self.segment.close()
 

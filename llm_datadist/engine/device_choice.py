@@ -1,11 +1,23 @@
-"""Where the caches of an instance are: in host memory, or on an Ascend device."""
+"""Where the caches of an instance are, in host memory or on an Ascend device, and what goes with that.
+
+What belongs to Ascend is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from enum import Enum
+from typing import TYPE_CHECKING
 
+from llm_datadist.devices.base import DevicePool
+from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.failures import invalid
+
+if TYPE_CHECKING:
+    from llm_datadist.transports.hccl.hccl_device import HcclDevice
+
+_log = logging.getLogger("llm_datadist")
 
 OPTION = "llm.DeviceBackend"
 VARIABLE = "LLM_DATADIST_DEVICE"  # environment, for what the option does not say
@@ -44,3 +56,51 @@ def choose_device(option: str | None) -> DeviceKind:
     except ValueError:
         kinds = ", ".join([_AUTOMATIC, *(kind.value for kind in DeviceKind)])
         raise invalid("init", f"{name} is {wanted!r}, should be one of {kinds}") from None
+
+
+def open_device(kind: DeviceKind, device_id: int, nbytes: int, peers_write: bool) -> DevicePool:
+    """Reserve memory for caches.
+
+    Parameters
+    ----------
+    kind, device_id : DeviceKind, int
+        Where; the id has no meaning on the host.
+    nbytes : int
+        Bytes, > 0.
+    peers_write : bool
+        Whether peers that share host memory may write it.
+
+    Raises
+    ------
+    LLMException
+        LLM_DEVICE_OUT_OF_MEMORY; for Ascend those of `llm_datadist.devices.ascend.pool.open_pool`.
+    """
+    if kind is DeviceKind.HOST:
+        return HostPool(nbytes, peers_may_write=peers_write)
+    from llm_datadist.devices.ascend.pool import open_pool
+
+    return open_pool(device_id, nbytes, simulated=kind is DeviceKind.ASCEND_SIMULATOR)
+
+
+def hccl_device(pool: DevicePool, sync_kv_timeout_ms: int) -> HcclDevice | None:
+    """Make what links over HCCL share; None if the caches are on the host.
+
+    Raises
+    ------
+    LLMException
+        LLM_PARAM_INVALID: a setting has no possible value.
+    """
+    if isinstance(pool, HostPool):
+        return None
+    from llm_datadist import _hccl
+    from llm_datadist.devices.ascend.pool import AscendPool
+    from llm_datadist.transports.hccl.hccl_device import HcclDevice, hccl_settings
+
+    assert isinstance(pool, AscendPool)
+    for warning in _hccl.sets_defaults(sync_kv_timeout_ms / 1000):
+        _log.warning("%s", warning)
+    try:
+        settings = hccl_settings(sync_kv_timeout_ms)
+    except ValueError as error:
+        raise invalid("init", str(error)) from None
+    return HcclDevice(pool.device, pool.segment, settings)

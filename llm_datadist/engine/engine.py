@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from llm_datadist._copy import enter_workers, leave_workers
 from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.control.loop import ControlLoop
-from llm_datadist.devices.base import DevicePool
-from llm_datadist.devices.host import HostPool
 from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
 from llm_datadist.engine.copy_threads import copy_threads
-from llm_datadist.engine.device_choice import DeviceKind, choose_device
+from llm_datadist.engine.device_choice import DeviceKind, choose_device, hccl_device, open_device
 from llm_datadist.engine.failures import failure, invalid, no_cache
 from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.keys import KeyKind, KeyName
@@ -82,10 +80,12 @@ class Engine(Transfers):
         if options.cache_manager is not None:
             let_peers_in()
         device = self._caches.device
-        hccl = device.hccl(self._timeout_ms)
+        hccl = hccl_device(device, self._timeout_ms)
         self._grants = Grants(self._caches, options.cache_manager is not None, summed=settings.summed, hccl=hccl)
         copier = device.copier(self._copy_threads)
-        self._copies = LocalCopies(self._caches, self._timeout_ms, copier, self._codes.timeout)
+        self._copies = LocalCopies(
+            self._caches, self._timeout_ms, copier, self._codes.timeout, self._codes.out_of_memory
+        )
         cache_manager = options.cache_manager
         identity = Identity(options.cluster_id, secrets.token_bytes(16), host_identity(), cache_manager is not None)
         self._links = LinkTable(self._loop, self._caches.forget_peer, identity, self._copy_threads)
@@ -433,7 +433,7 @@ def _open_caches(options: EngineOptions, kind: DeviceKind) -> CacheTable:
         writable = True
     codes = KV_MODE if mode is None else CACHE_MANAGER_MODE
     try:
-        device_pool = _open_device(kind, options.device_ids[0], nbytes, writable)
+        device_pool = open_device(kind, options.device_ids[0], nbytes, writable)
     except LLMException as error:
         if error.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY:
             raise failure("init", codes.out_of_memory, str(error)) from error
@@ -443,14 +443,6 @@ def _open_caches(options: EngineOptions, kind: DeviceKind) -> CacheTable:
     except BaseException:
         device_pool.close()
         raise
-
-
-def _open_device(kind: DeviceKind, device_id: int, nbytes: int, writable: bool) -> DevicePool:
-    if kind is DeviceKind.HOST:
-        return HostPool(nbytes, peers_may_write=writable)
-    from llm_datadist.devices.ascend.pool import open_pool
-
-    return open_pool(device_id, nbytes, simulated=kind is DeviceKind.ASCEND_SIMULATOR)
 
 
 def _bound(call: str, keys: Sequence[KeyName | None], slots: int, blocks_model: int | None) -> dict[KeyName, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
+from llm_datadist._segment import Segment
 from llm_datadist.engine.caches import CacheTable
 from llm_datadist.transports import hccl as hccl_transport
 from llm_datadist.transports import private_memory, tcp
@@ -66,12 +67,19 @@ class Grants:
         self._service: DataService | None = None
         self.data_transport = tcp.NAME if hccl is None else hccl_transport.NAME
         if cache_manager and hccl is None:
-            self._service = DataService(caches.device.segment, caches.directory, caches.lock, self._threads)
+            self._service = DataService(self._segment, caches.directory, caches.lock, self._threads)
+
+    @property
+    def _segment(self) -> Segment:
+        """The pool, where it is shared memory."""
+        pool = self._caches.device.segment
+        assert isinstance(pool, Segment)
+        return pool
 
     def shared_memory(self, peer_writes: bool) -> SharedMemoryGrant:
         """Let a peer on this host map the pool; writable if it pushes."""
         return SharedMemoryGrant(
-            self._caches.device.segment,
+            self._segment,
             self._caches.directory,
             self._caches.lock,
             peer_writes=peer_writes or self._both_ways,

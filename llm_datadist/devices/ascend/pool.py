@@ -7,10 +7,12 @@ import os
 import time
 import weakref
 
-from llm_datadist._acl import AclError, Device, DeviceMemory
+from llm_datadist._acl import VARIABLE as ACL_LIBRARY
+from llm_datadist._acl import AclError, Device, DeviceMemory, simulator
 from llm_datadist._ascend_copies import AscendCopier
 from llm_datadist._local_copies import LocalOutcome
 from llm_datadist._shared_library import VendorError
+from llm_datadist.devices.ascend.detection import require_device
 from llm_datadist.devices.ascend.errors import llm_exception
 from llm_datadist.devices.ascend.memory_figures import memory_figures
 from llm_datadist.status import LLMException, LLMStatusCode
@@ -20,13 +22,49 @@ _CLOSE_SECONDS = 5.0  # a running copy sees within milliseconds that it must end
 _HOST_VISIBLE = "LLMDD_SIM_HOST_VISIBLE"  # of the simulator: whether programs may view its memory
 
 
+def open_pool(device_id: int, capacity: int, *, simulated: bool) -> AscendPool:
+    """Open a device, and reserve a pool on it.
+
+    Parameters
+    ----------
+    device_id : int
+        Index among the devices that this process sees.
+    capacity : int
+        Bytes, > 0.
+    simulated : bool
+        Whether the device must be one of the simulator.
+
+    Raises
+    ------
+    LLMException
+        LLM_FEATURE_NOT_ENABLED: the vendor's library is missing or too old, or it is not the simulator.
+        LLM_PARAM_INVALID: there are fewer devices. LLM_DEVICE_OUT_OF_MEMORY: no room. LLM_FAILED: there is no driver or
+        no device.
+    """
+    require_device(device_id)
+    if simulated and simulator() is None:
+        raise LLMException(
+            f"the simulator is asked for, but {ACL_LIBRARY} does not name it",
+            status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
+    try:
+        device = Device(device_id)
+    except VendorError as error:
+        raise llm_exception(f"opening device {device_id}", error) from error
+    try:
+        return AscendPool(device, capacity)
+    except BaseException:
+        device.close()
+        raise
+
+
 class AscendPool:
     """A pool in the memory of a device, where programs of the host cannot look.
 
     Parameters
     ----------
     device : Device
-        Its owner closes it, after the pool.
+        The pool closes it.
     capacity : int
         Bytes, > 0; all are taken at once.
 
@@ -112,6 +150,12 @@ class AscendPool:
             raise llm_exception(f"writing {nbytes} bytes of device {self.device.device_id}", error) from error
         _raise_unless_done("writing", outcome, nbytes, timeout_s)
 
+    def contents(self, address: int, nbytes: int, deadline_ns: int) -> memoryview:
+        return memoryview(self.read(address, nbytes, max(0.001, (deadline_ns - time.monotonic_ns()) / 1e9)))
+
+    def copier(self, threads: int) -> AscendCopier:
+        return AscendCopier(self.device, threads)
+
     def close(self) -> None:
         """Give the memory back to the device, once nothing copies or views it; may be called twice."""
         self._closed = True
@@ -128,6 +172,7 @@ class AscendPool:
             return
         try:
             self.segment.close()
+            self.device.close()
         except AclError as error:
             raise llm_exception("close", error) from error
 

@@ -1,4 +1,4 @@
-"""What all links over HCCL of one device share: settings, a little memory, and a thread that takes communicators down."""
+"""What all links over HCCL of one device share: settings, scratch memory, a thread that takes communicators down."""
 
 from __future__ import annotations
 

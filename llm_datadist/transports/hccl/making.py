@@ -9,9 +9,9 @@ then enter HCCL, meet each other in both directions once, and tell each other ho
     begins              CommunicatorMade
     asked               CommunicatorMade
 
-What waits for HCCL runs in a thread of its own. Who wants the communicator gives up at its deadline; the thread goes on,
-so that the next transfer may find what it has made. HCCL cannot be told to give up: a thread whose peer is gone stays
-until HCCL's own time is over, and keeps the device's slot so long.
+What waits for HCCL runs in a thread of its own. Who wants the communicator gives up at its deadline; the thread goes
+on, so that the next transfer may find what it has made. HCCL cannot be told to give up: a thread whose peer is gone
+stays until HCCL's own time is over, and keeps the device's slot so long.
 """
 
 from __future__ import annotations
