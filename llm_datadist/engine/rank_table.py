@@ -10,14 +10,19 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
+from llm_datadist.rank_table_fields import (
+    BadRankTable,
+    number,
+    read_device,
+    read_server,
+    read_servers,
+    read_table,
+    require,
+)
+
+__all__ = ["VERSIONS", "BadRankTable", "RankTable", "RankedDevice", "read_rank_table"]
+
 VERSIONS = ("1.0", "1.2", "1.3")
-
-_MAX_SERVER_ID = 64  # characters
-_MAX_PORT = 65535
-
-
-class BadRankTable(ValueError):
-    """A table that cannot be used; the text names the field, its value, and what would be right."""
 
 
 class RankedDevice(NamedTuple):
@@ -72,20 +77,13 @@ def read_rank_table(text: str) -> RankTable:
     BadRankTable
         It is no JSON, lacks a field, or has a value that cannot be.
     """
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRankTable(f"rank_table is no JSON: {error}") from error
-    _require(isinstance(table, dict), "rank_table", table, "a JSON object")
-    version = table.get("version")
-    _require(version in VERSIONS, "version", version, "one of " + ", ".join(map(repr, VERSIONS)))
+    table = read_table("rank_table", text, VERSIONS)
     status = table.get("status", "completed")
-    _require(status == "completed", "status", status, "'completed'")
-    servers = table.get("server_list")
-    _require(isinstance(servers, list) and servers, "server_list", servers, "a list of servers")
+    require(status == "completed", "status", status, "'completed'")
+    servers = read_servers(table)
     if "server_count" in table:
-        count = _number("server_count", table["server_count"])
-        _require(count == len(servers), "server_count", table["server_count"], f"{len(servers)}, as server_list has")
+        count = number("server_count", table["server_count"])
+        require(count == len(servers), "server_count", table["server_count"], f"{len(servers)}, as server_list has")
     devices = [
         device for index, server in enumerate(servers) for device in _read_server(f"server_list[{index}]", server)
     ]
@@ -93,48 +91,29 @@ def read_rank_table(text: str) -> RankTable:
     devices.sort()
     _require_ranks([device.rank for device in devices])
     _require_places(devices)
-    return RankTable(version, tuple(devices))
+    return RankTable(table["version"], tuple(devices))
 
 
-def _read_server(where: str, server: Any) -> list[RankedDevice]:
-    _require(isinstance(server, dict), where, server, "an object")
-    server_id = server.get("server_id")
-    _require(
-        isinstance(server_id, str) and 0 < len(server_id) <= _MAX_SERVER_ID,
-        f"{where}.server_id",
-        server_id,
-        f"text of 1 to {_MAX_SERVER_ID} characters",
-    )
-    host_ip = server.get("host_ip", "")
-    _require(isinstance(host_ip, str), f"{where}.host_ip", host_ip, "text")
-    devices = server.get("device")
-    _require(isinstance(devices, list) and devices, f"{where}.device", devices, "a list of devices")
+def _read_server(where: str, content: Any) -> list[RankedDevice]:
+    server = read_server(where, content)
     return [
-        _read_device(f"{where}.device[{index}]", server_id, host_ip.strip(), device)
-        for index, device in enumerate(devices)
+        _read_device(f"{where}.device[{index}]", server.server_id, server.host_ip, device)
+        for index, device in enumerate(server.devices)
     ]
 
 
-def _read_device(where: str, server_id: str, host_ip: str, device: Any) -> RankedDevice:
-    _require(isinstance(device, dict), where, device, "an object")
-    for field in ("rank_id", "device_id"):
-        _require(field in device, f"{where}.{field}", None, "a number from 0 on, as text")
-    for field in ("device_ip", "super_device_id"):
-        value = device.get(field, "")
-        _require(isinstance(value, str) or _is_count(value), f"{where}.{field}", value, "text")
-    for field in ("device_port", "host_port"):
-        port = device.get(field, "")
-        if port != "":
-            _require(0 < _number(f"{where}.{field}", port) <= _MAX_PORT, f"{where}.{field}", port, "1 to 65535")
+def _read_device(where: str, server_id: str, host_ip: str, content: Any) -> RankedDevice:
+    device = read_device(where, content)
+    require("rank_id" in content, f"{where}.rank_id", None, "a number from 0 on, as text")
     return RankedDevice(
-        _number(f"{where}.rank_id", device["rank_id"]),
+        number(f"{where}.rank_id", content["rank_id"]),
         server_id,
-        str(_number(f"{where}.device_id", device["device_id"])),
-        str(device.get("device_ip", "")).replace(" ", ""),
-        str(device.get("device_port", "")),
-        str(device.get("super_device_id", "")),
+        device.device_id,
+        device.device_ip,
+        device.device_port,
+        device.super_device_id,
         host_ip,
-        str(device.get("host_port", "")),
+        device.host_port,
     )
 
 
@@ -142,7 +121,7 @@ def _require_ranks(ranks: list[int]) -> None:
     """Refuse ranks, given in ascending order, that are not 0, 1, ... without gaps."""
     _require_different("rank_id", ranks, "devices")
     for expected, rank in enumerate(ranks):
-        _require(rank == expected, "rank_id", rank, f"{expected}: ranks count from 0 without gaps")
+        require(rank == expected, "rank_id", rank, f"{expected}: ranks count from 0 without gaps")
 
 
 def _require_places(devices: list[RankedDevice]) -> None:
@@ -168,26 +147,3 @@ def _require_different(field: str, values: list[Any], owners: str) -> None:
         if value in seen:
             raise BadRankTable(f"{field} is {value!r} for two {owners}, must be different")
         seen.add(value)
-
-
-def _require(good: object, field: str, value: object, expected: str) -> None:
-    if not good:
-        raise BadRankTable(f"{field} is {_shown(value)}, should be {expected}")
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, (dict, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return repr(value)[:100]
-
-
-def _number(field: str, value: Any) -> int:
-    is_text = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 20
-    _require(is_text or _is_count(value), field, value, "a number from 0 on, as text")
-    return int(value)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
