@@ -12,7 +12,6 @@ import ipaddress
 import json
 import os
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ _VERSIONS_OF_SOCS = {
     **{f"Ascend910{name}": "1.0" for name in ("B1", "B2", "B2C", "B3", "B4", "B4-1")},
     **{f"Ascend910_{name}": "1.2" for name in ("9362", "9372", "9381", "9382", "9391", "9392")},
 }
-_LOWEST_PORT = 1024  # of a device; those below belong to the system
+_LOWEST_PORT = 1024  # those below belong to the system
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -128,7 +127,7 @@ def read_local_part(text: str, name: str = "llm.LocalCommRes") -> LocalPart:
         device_port=_count(where, read_port(where, content, "device_port", _LOWEST_PORT)),
         backup_device_ip=_addresses(f"{where}.backup_device_ip", read_text(where, content, "backup_device_ip")),
         backup_device_port=_count(where, read_port(where, content, "backup_device_port", _LOWEST_PORT)),
-        host_port=_count(where, device.host_port),
+        host_port=_count(where, read_port(where, content, "host_port", _LOWEST_PORT)),
     )
     # Only what is handed on counts, else the two sides would see two different parts.
     if part.version == "1.0":
@@ -298,18 +297,14 @@ def _order(part: LocalPart) -> tuple[str, ...]:
 
 
 def _require_two_places(first: LocalPart, second: LocalPart) -> None:
-    place = ("server_id", "device_id", "device_port")
-    if all(getattr(first, field) == getattr(second, field) for field in place):
-        port = f"the device_port {first.device_port!r}" if first.device_port else "no device_port"
+    if (first.server_id, first.device_id) == (second.server_id, second.device_id):
         raise BadRankTable(
-            f"device_id is {first.device_id!r} on server {first.server_id!r} with {port} for both sides of the link,"
-            " should be two devices"
+            f"device_id is {first.device_id!r} on server {first.server_id!r} for both sides of the link, whatever their"
+            " ports: should be two devices"
         )
-    addresses = [
-        text.split(",") for part in (first, second) for text in (part.device_ip, part.backup_device_ip) if text
-    ]
+    ports = [text for part in (first, second) for text in (part.device_ip, part.backup_device_ip) if text]
     seen: set[str] = set()
-    for address in chain.from_iterable(addresses):
+    for address in ",".join(ports).split(",") if ports else ():
         if address in seen:
             raise BadRankTable(f"device_ip is {address!r} for two ports of the link, may stand in a table once")
         seen.add(address)
