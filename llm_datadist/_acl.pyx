@@ -462,6 +462,16 @@ cdef class Device:
             raise failure_error(&failure)
         return free, total
 
+    def holds(self, uint64_t address):
+        """Whether an address is one of a device, this one or another."""
+        cdef Scope scope
+        cdef bint found = False
+        with nogil:
+            if self.enter(&scope) == ACL_SUCCESS:
+                found = is_device_memory(address)
+                self.leave(&scope)
+        return found
+
     @property
     def simulator(self):
         """Version of the simulator that stands in for the device; None for a real one."""

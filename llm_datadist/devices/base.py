@@ -9,14 +9,17 @@ from llm_datadist._segment import Memory
 
 
 class DevicePool(Protocol):
-    """Memory of one device that holds all its caches, as one range of addresses.
+    """Memory that holds all caches of one device.
+
+    The places in it have offsets from 0 on. Those below `capacity` are one range of addresses on the device; behind
+    them may be others, for caches that the program wants in host memory.
 
     Attributes
     ----------
     address : int
         Address of the first byte, as transfers and the program see it.
     capacity : int
-        Bytes.
+        Bytes of the range on the device.
     """
 
     address: int
@@ -25,6 +28,12 @@ class DevicePool(Protocol):
     @property
     def segment(self) -> Memory:
         """The memory itself, for native code."""
+
+    def address_of(self, offset: int) -> int:
+        """Address of a place."""
+
+    def offset_of(self, address: int) -> int:
+        """Place that has an address."""
 
     def prepare(self, offset: int, nbytes: int) -> None:
         """Make a range ready for use, so that the first transfer into it does not pay for that.
@@ -35,8 +44,8 @@ class DevicePool(Protocol):
             The system has no memory for it.
         """
 
-    def memory(self, offset: int, nbytes: int) -> memoryview:
-        """Give a range as writable bytes; it stays mapped as long as the view lives.
+    def view(self, address: int, nbytes: int) -> memoryview:
+        """Give memory of this process as writable bytes; in the pool it stays mapped as long as the view lives.
 
         Raises
         ------
@@ -45,7 +54,7 @@ class DevicePool(Protocol):
         """
 
     def contents(self, address: int, nbytes: int, deadline_ns: int) -> memoryview | None:
-        """Give a copy of what is at an address of the pool; None if the host can see it where it is.
+        """Give a copy of what is at an address of this process; None if the host can see it where it is.
 
         Raises
         ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 
 from llm_datadist._local_copies import LocalCopier
@@ -50,6 +51,12 @@ class HostPool:
         self.capacity = capacity
         self._prepared = bytearray(-(-capacity // _PREPARE_PIECE))  # one byte a piece: 1 once it has its pages
 
+    def address_of(self, offset: int) -> int:
+        return self.address + offset
+
+    def offset_of(self, address: int) -> int:
+        return address - self.address
+
     def prepare(self, offset: int, nbytes: int) -> None:
         end = -(-(offset + nbytes) // _PREPARE_PIECE)
         give_up = time.monotonic() + _PREPARE_SECONDS
@@ -62,7 +69,14 @@ class HostPool:
             piece = self._prepared.find(0, stop, end)
 
     def memory(self, offset: int, nbytes: int) -> memoryview:
+        """Give a range of the pool as writable bytes; it stays mapped as long as the view lives."""
         return memoryview(self.segment)[offset : offset + nbytes]
+
+    def view(self, address: int, nbytes: int) -> memoryview:
+        offset = self.offset_of(address)
+        if 0 <= offset <= self.capacity - nbytes:
+            return self.memory(offset, nbytes)
+        return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
     def contents(self, address: int, nbytes: int, deadline_ns: int) -> None:
         """Give nothing: it can be seen where it is."""

@@ -141,11 +141,11 @@ class CacheTable:
                     raise _key_is_bound(key)
             cache_id = self._last_id = cache_id or self._last_id + 1
             offset, step = self._take(tensors, tensor_nbytes, timeout_s, on_host)
-            first = self.device.address + offset
+            first = self.device.address_of(offset)
             local = LocalCache(cache_id, first, step, tensor_nbytes, tensor_nbytes // slots, tensors, slots)
             try:
                 self.device.prepare(offset, step * tensors)
-                self._publish(local, offset, keys)
+                self._publish(local, offset, keys, self._scattered(local))
             except (DirectoryFull, OSError) as error:
                 self._pool.free(offset)
                 raise failure("allocation", self._codes.out_of_memory, str(error)) from error
@@ -186,7 +186,7 @@ class CacheTable:
             cache_id = self._last_id = self._last_id + 1
             local = LocalCache(cache_id, 0, 0, tensor_nbytes, tensor_nbytes // slots, tensors, slots, addresses)
             try:
-                self._publish(local, None, keys, addresses, accessible)
+                self._publish(local, None, keys, addresses, accessible, registered=True)
             except DirectoryFull as error:
                 raise failure("register", self._codes.out_of_memory, str(error)) from error
         return cache_id
@@ -228,14 +228,14 @@ class CacheTable:
             except OSError as error:
                 self._pool.free(offset)
                 raise failure("reserve_memory", self._codes.out_of_memory, str(error)) from error
-            return self.device.address + offset
+            return self.device.address_of(offset)
 
     def release_later(self, address: int) -> None:
         """Take back what `reserve` gave; caches that were registered in it must be unregistered before.
 
         From a destructor, as `deallocate_later`.
         """
-        self._released.append(address - self.device.address)
+        self._released.append(self.device.offset_of(address))
         self._settle_if_free()
 
     # ---- seals
@@ -333,6 +333,7 @@ class CacheTable:
         keys: dict[KeyName, int],
         addresses: list[int] | None = None,
         accessible: bool = True,
+        registered: bool = False,
     ) -> None:
         directory = self.directory
         entry = directory.publish_cache(
@@ -345,7 +346,7 @@ class CacheTable:
             local.slots,
             addresses,
             private=addresses is not None and not self._are_in_pool(addresses, local.tensor_nbytes),
-            registered=addresses is not None,
+            registered=registered,
             hidden=not accessible,
         )
         held = _Held(local, offset, entry)
@@ -365,6 +366,12 @@ class CacheTable:
             self._key_of_entry[index] = key
         self._held[local.cache_id] = held
         self.by_id[local.cache_id] = local
+
+    def _scattered(self, local: LocalCache) -> list[int] | None:
+        """Give the addresses of the tensors of an allocated cache, if it is not in the memory of the device."""
+        if 0 <= local.address - self.device.address < self.device.capacity:
+            return None
+        return [local.tensor_address(index) for index in range(local.tensors)]
 
     def _are_in_pool(self, addresses: list[int], nbytes: int) -> bool:
         first, end = self.device.address, self.device.address + self.device.capacity

@@ -58,15 +58,17 @@ def choose_device(option: str | None) -> DeviceKind:
         raise invalid("init", f"{name} is {wanted!r}, should be one of {kinds}") from None
 
 
-def open_device(kind: DeviceKind, device_id: int, nbytes: int, peers_write: bool) -> DevicePool:
+def open_device(
+    kind: DeviceKind, device_id: int, nbytes: int, host_nbytes: int = 0, *, peers_write: bool
+) -> DevicePool:
     """Reserve memory for caches.
 
     Parameters
     ----------
     kind, device_id : DeviceKind, int
         Where; the id has no meaning on the host.
-    nbytes : int
-        Bytes, > 0.
+    nbytes, host_nbytes : int
+        Bytes for caches on the device, and for those that the program wants in host memory.
     peers_write : bool
         Whether peers that share host memory may write it.
 
@@ -76,10 +78,11 @@ def open_device(kind: DeviceKind, device_id: int, nbytes: int, peers_write: bool
         LLM_DEVICE_OUT_OF_MEMORY; for Ascend those of `llm_datadist.devices.ascend.pool.open_pool`.
     """
     if kind is DeviceKind.HOST:
-        return HostPool(nbytes, peers_may_write=peers_write)
+        # A segment must have a page, also if every cache is memory of the program.
+        return HostPool(max(nbytes + host_nbytes, 1), peers_may_write=peers_write)
     from llm_datadist.devices.ascend.pool import open_pool
 
-    return open_pool(device_id, nbytes, simulated=kind is DeviceKind.ASCEND_SIMULATOR)
+    return open_pool(device_id, nbytes, host_nbytes, simulated=kind is DeviceKind.ASCEND_SIMULATOR)
 
 
 def hccl_device(pool: DevicePool, sync_kv_timeout_ms: int) -> HcclDevice | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import secrets
 import time
 from collections.abc import Sequence
@@ -250,12 +249,8 @@ class Engine(Transfers):
         return [self.memory(*found) if copied is None else copied]
 
     def memory(self, address: int, nbytes: int) -> memoryview:
-        """Give a range of memory of this process as writable bytes; in the pool it stays mapped as long as the view."""
-        device = self._caches.device
-        offset = address - device.address
-        if 0 <= offset <= device.capacity - nbytes:
-            return device.memory(offset, nbytes)
-        return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+        """Give memory of this process as writable bytes; see `DevicePool.view`."""
+        return self._caches.device.view(address, nbytes)
 
     def reserve_memory(self, nbytes: int, host: bool = False) -> int:
         """Give a range of the pool to the program; gives its address, a multiple of 512.
@@ -422,18 +417,18 @@ def _open_caches(options: EngineOptions, kind: DeviceKind) -> CacheTable:
     """Reserve the memory of an engine, with nothing in it."""
     mode = options.cache_manager
     if mode is None:
-        nbytes = DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes
+        nbytes, host_nbytes = DEFAULT_POOL_BYTES if options.pool_bytes is None else options.pool_bytes, 0
         pool = CachePool(nbytes, options.buf_pool_classes)
         writable = options.role is LLMRole.DECODER or options.enable_switch_role
     else:
-        # A segment must have a page, also if every cache is memory of the program.
-        nbytes = max(mode.device_pool_bytes + mode.host_pool_bytes, 1)
-        device = Placed(mode.device_pool_bytes, mode.device_page_bytes)
-        pool = CachePool(nbytes, device=device, host=Placed(mode.host_pool_bytes, mode.host_page_bytes))
+        nbytes, host_nbytes = mode.device_pool_bytes, mode.host_pool_bytes
+        device = Placed(nbytes, mode.device_page_bytes)
+        host = Placed(host_nbytes, mode.host_page_bytes)
+        pool = CachePool(max(nbytes + host_nbytes, 1), device=device, host=host)
         writable = True
     codes = KV_MODE if mode is None else CACHE_MANAGER_MODE
     try:
-        device_pool = open_device(kind, options.device_ids[0], nbytes, writable)
+        device_pool = open_device(kind, options.device_ids[0], nbytes, host_nbytes, peers_write=writable)
     except LLMException as error:
         if error.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY:
             raise failure("init", codes.out_of_memory, str(error)) from error
