@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Callable, Protocol
 
 from llm_datadist._local_copies import LocalCopier
 from llm_datadist._segment import Memory
+
+SynchronizeLayer = Callable[[int, None], object]  # waits for a layer of the model; falsy: it failed
 
 
 class DevicePool(Protocol):
@@ -64,6 +66,12 @@ class DevicePool(Protocol):
 
     def copier(self, threads: int) -> LocalCopier:
         """Make what copies between caches, and between them and host memory, with so many threads of the host."""
+
+    def in_order(self, synchronize_layer: SynchronizeLayer, timeout_s: float) -> SynchronizeLayer:
+        """Give a synchronizer that returns when the bytes of a layer can be read; the program's may return earlier.
+
+        It waits `timeout_s` at most after the program's has returned, and raises TimeoutError then.
+        """
 
     def close(self) -> None:
         """Give the memory up; may be called twice."""

@@ -7,6 +7,7 @@ import time
 
 from llm_datadist._local_copies import LocalCopier
 from llm_datadist._segment import HUGE_PAGE
+from llm_datadist.devices.base import SynchronizeLayer
 from llm_datadist.devices.huge_pages import create_pool_segment
 from llm_datadist.status import LLMException, LLMStatusCode
 
@@ -83,6 +84,9 @@ class HostPool:
 
     def copier(self, threads: int) -> LocalCopier:
         return LocalCopier(threads)
+
+    def in_order(self, synchronize_layer: SynchronizeLayer, timeout_s: float) -> SynchronizeLayer:
+        return synchronize_layer
 
     def close(self) -> None:
         self.segment.close()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llm_datadist._copy import enter_workers, leave_workers
 from llm_datadist.arguments import UINT64_MAX
 from llm_datadist.control.loop import ControlLoop
+from llm_datadist.devices.base import SynchronizeLayer
 from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
 from llm_datadist.engine.copy_threads import copy_threads
@@ -29,7 +30,7 @@ from llm_datadist.engine.options import CacheManagerOptions, EngineOptions
 from llm_datadist.engine.peer_link_calls import PeerLinkCalls
 from llm_datadist.engine.process_mark import ProcessMark
 from llm_datadist.engine.transfer_failures import TransferFailures
-from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
+from llm_datadist.engine.transfer_job import LayerTransfer, TransferJob, TransferJobs
 from llm_datadist.engine.transfers import Transfers
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMException, LLMStatusCode
@@ -298,6 +299,7 @@ class Engine(Transfers):
         `source` is the handle of the cache; it is kept alive until the transfer has ended.
         """
         self._require_open("transfer_cache_async")
+        synchronize_layer = self._caches.device.in_order(synchronize_layer, self._timeout_s)
         return self._jobs.start(transfer, synchronize_layer, self.push_layer, source)
 
     # ---- copies inside the process

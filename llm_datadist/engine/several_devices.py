@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from llm_datadist.devices.base import SynchronizeLayer
 from llm_datadist.engine.caches import PoolStatistics
 from llm_datadist.engine.engine import Engine
 from llm_datadist.engine.failures import failure
@@ -23,7 +24,7 @@ from llm_datadist.engine.link import ClusterAddress
 from llm_datadist.engine.link_calls import LinkResult, check_clusters, check_local_addresses
 from llm_datadist.engine.link_table import LinkDescription
 from llm_datadist.engine.options import EngineOptions
-from llm_datadist.engine.transfer_job import LayerTransfer, SynchronizeLayer, TransferJob, TransferJobs
+from llm_datadist.engine.transfer_job import LayerTransfer, TransferJob, TransferJobs
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMException, LLMStatusCode
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
+from llm_datadist.devices.base import SynchronizeLayer
 from llm_datadist.engine.keys import KeyName
 from llm_datadist.engine.mode_codes import KV_MODE
 from llm_datadist.status import LLMException, LLMStatusCode
@@ -20,7 +21,6 @@ _log = logging.getLogger("llm_datadist.transfer")
 TENSORS_PER_LAYER = 2  # K and V
 THREAD_NAME = "llm_datadist-transfer"
 
-SynchronizeLayer = Callable[[int, None], object]
 # cluster, cache, (first tensor, tensors), addresses, slot, source blocks, destination blocks, bytes of a block, key of
 # the destination, its first tensor
 PushLayer = Callable[

@@ -14,7 +14,9 @@ from llm_datadist._local_copies import LocalOutcome
 from llm_datadist._shared_library import VendorError
 from llm_datadist.devices.ascend.detection import require_device
 from llm_datadist.devices.ascend.errors import llm_exception
+from llm_datadist.devices.ascend.layer_order import LayerOrder
 from llm_datadist.devices.ascend.memory_figures import memory_figures
+from llm_datadist.devices.base import SynchronizeLayer
 from llm_datadist.status import LLMException, LLMStatusCode
 
 _COPY_SECONDS = 10.0  # for one copy to or from the host, unless its caller says otherwise
@@ -182,6 +184,9 @@ class AscendPool:
 
     def copier(self, threads: int) -> AscendCopier:
         return AscendCopier(self.device, threads)
+
+    def in_order(self, synchronize_layer: SynchronizeLayer, timeout_s: float) -> SynchronizeLayer:
+        return LayerOrder(self.device, timeout_s).wrap(synchronize_layer)
 
     def close(self) -> None:
         """Give the memory back to the device, once nothing copies or views it; may be called twice."""
