@@ -166,6 +166,8 @@ void meeting_close_doors(struct communicator *communicator);
 void meeting_admit_waiting(struct communicator *communicator);
 /* Until both ends know each other. Mutex held; it is let go while waiting. */
 HcclResult meeting_await(const char *function, struct link *link, uint64_t deadline);
+/* Fault: the connection breaks; returns when this end has noticed, or with the task's abort. Without the mutex. */
+void meeting_cut(struct link *link, struct sim_task *task);
 /* The end of a link by our own will. */
 void meeting_part(struct link *link);
 /* Wakes all tasks and calls of the communicator. */

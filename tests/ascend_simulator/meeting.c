@@ -344,6 +344,18 @@ HcclResult meeting_await(const char *function, struct link *link, uint64_t deadl
     return link->refused != 0 ? report_refusal(function, link) : HCCL_SUCCESS;
 }
 
+void meeting_cut(struct link *link, struct sim_task *task) {
+    reception_lock();
+    if (link->socket != NULL)
+        socket_cut(link->socket);
+    while (link->socket != NULL && !sim_task_aborted(task)) {
+        reception_unlock();
+        sim_task_wait(task, sim_now() + REDIAL_NS);
+        reception_lock();
+    }
+    reception_unlock();
+}
+
 void meeting_part(struct link *link) {
     if (link->socket != NULL) {
         if (link->met)

@@ -107,17 +107,8 @@ static int inject(struct one_sided_call *call) {
         return sim_fail(call->fault.code, "%s: fault injected at %s", call->task.what, where);
     if (call->fault.action == SIM_ASYNC)
         atomic_store(&call->communicator->async_error, call->fault.code);
-    if (call->fault.action == SIM_EOF) {
-        reception_lock();
-        if (call->link->socket != NULL)
-            socket_cut(call->link->socket);
-        while (call->link->socket != NULL && !sim_task_aborted(&call->task)) { /* until it is noticed */
-            reception_unlock();
-            sim_task_wait(&call->task, UINT64_MAX);
-            reception_lock();
-        }
-        reception_unlock();
-    }
+    if (call->fault.action == SIM_EOF)
+        meeting_cut(call->link, &call->task);
     if (call->fault.action == SIM_EOF || call->fault.action == SIM_ASYNC)
         call->fault.action = SIM_NONE;
     return 0;

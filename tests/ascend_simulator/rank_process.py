@@ -1,19 +1,22 @@
-"""What tests of the simulator's HCCL run in the processes of a communicator: its C functions by ctypes.
+"""Processes that take part in HCCL: `Rank` is the test's end, the functions with a state run in the process.
 
-Each function that a member runs gets the member's state first. Calls run on threads of their own, so every one of them
-takes the context of the member's device before anything else.
+Calls that are begun run on threads of their own, so that a process can be asked for the next thing while it waits in the
+last. Every function takes the context of the process's device before anything else.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import signal
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
+
+from tests.ascend_simulator.acl import Acl
+from tests.ascend_simulator.programs import Program
 
 ROOT_INFO_BYTES = 4108
 CONFIG_BYTES = 300  # version 5
@@ -79,8 +82,8 @@ class SimulatorError(Exception):
 class Device:
     """A device of this process: calls by name, codes as they come."""
 
-    def __init__(self, library: Path, device: int) -> None:
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: str, device: int) -> None:
+        self.library = ctypes.CDLL(library)
         for name, arguments in ARGUMENTS.items():
             getattr(self.library, name).argtypes = arguments
         self.library.aclGetRecentErrMsg.restype = c_char_p
@@ -148,11 +151,9 @@ class Device:
         return self.call("aclrtSynchronizeStreamWithTimeout", self.stream, timeout_ms)
 
 
-def open_device(state: dict[str, Any], library: Path, device: int, knobs: dict[str, str]) -> None:
-    """Bring the device up; once per member."""
-    os.environ.update(knobs)
-    state["device"] = Device(library, device)
-    state["lock"] = threading.Lock()
+def open_device(state: dict[str, Any], device: int) -> None:
+    """Bring the device up; once per process."""
+    state["device"] = Device(state["path"], device)
 
 
 def close_device(state: dict[str, Any]) -> list[str]:
@@ -160,7 +161,12 @@ def close_device(state: dict[str, Any]) -> list[str]:
     device = taken(state)
     device.must("aclrtDestroyStream", device.stream)
     device.must("aclrtResetDevice", device.device)
-    device.must("aclFinalize")
+    return finalize(state)
+
+
+def finalize(state: dict[str, Any]) -> list[str]:
+    """End ACL with whatever there is; the threads that are still there."""
+    state["device"].must("aclFinalize")
     return sorted(
         name
         for task in Path("/proc/self/task").iterdir()
@@ -361,6 +367,119 @@ def one_sided(state: dict[str, Any], kind: str, peer: int, descriptors: list[tup
     return keeping_text(state, "HcclBatch" + kind, *arguments)
 
 
-def both(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """Results of two calls that were begun, in order."""
-    return first(), second()
+class Rank:
+    """
+    A process with a device.
+
+    Parameters
+    ----------
+    program
+        A fresh process.
+    device
+        User id of the device that it opens.
+    """
+
+    def __init__(self, program: Program, device: int) -> None:
+        self.program = program
+        self.pid = program.pid
+        self._begun = 0
+        self.call(open_device, device)
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Result of the function in the process."""
+        return self.begin(function, *args, **kwargs).result()
+
+    def begin(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Begun:
+        """Begin a call on a thread of its own."""
+        self._begun += 1
+        self.program.call(_begin, self._begun, function, args, kwargs)
+        return Begun(self.program, self._begun)
+
+    def aborts(self, function: Callable[..., Any], /, *args: Any, by: int = signal.SIGABRT, **kwargs: Any) -> str:
+        """What the process writes while a call ends it by a signal."""
+        return self.program.aborts(_run, function, args, kwargs, by=by)
+
+    def finish(self) -> None:
+        """Give the device back: ACL must have no thread and no socket left."""
+        assert self.call(close_device) == []
+
+
+class Begun:
+    """A call that was begun."""
+
+    def __init__(self, program: Program, ticket: int) -> None:
+        self._program = program
+        self._ticket = ticket
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return bool(self._program.call(_ended, self._ticket))
+
+    def result(self, timeout: float = 30.0) -> Any:
+        """Its result, or what it raised."""
+        return self._program.call(_outcome, self._ticket, timeout)
+
+
+# What lives in the process: the state of its functions, and the calls that were begun.
+_STATE: dict[str, Any] = {}
+_CALLS: dict[int, tuple[threading.Thread, list[tuple[bool, Any]]]] = {}
+
+
+def _run(acl: Acl, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    _STATE["path"] = acl.path
+    return function(_STATE, *args, **kwargs)
+
+
+def _begin(acl: Acl, ticket: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    outcome: list[tuple[bool, Any]] = []
+
+    def body() -> None:
+        try:
+            outcome.append((True, _run(acl, function, args, kwargs)))
+        except Exception as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=body, daemon=True)
+    _CALLS[ticket] = (thread, outcome)
+    thread.start()
+
+
+def _ended(acl: Acl, ticket: int) -> bool:
+    return bool(_CALLS[ticket][1])
+
+
+def _outcome(acl: Acl, ticket: int, timeout: float) -> Any:
+    thread, outcome = _CALLS[ticket]
+    thread.join(timeout)
+    if not outcome:
+        raise TimeoutError(f"a call did not end within {timeout} s")
+    del _CALLS[ticket]
+    succeeded, value = outcome[0]
+    if not succeeded:
+        raise value
+    return value
+
+
+def together(calls: Iterable[tuple[Rank, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+    """Results of calls in several processes that need one another."""
+    begun = [rank.begin(function, *args, **kwargs) for rank, function, args, kwargs in calls]
+    return [each.result() for each in begun]
+
+
+def on(rank: Rank, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """One of the calls of `together`."""
+    return rank, function, args, kwargs
+
+
+def connect(*ranks: Rank, **fields: Any) -> None:
+    """Make a communicator of all of them, in their order."""
+    info = ranks[0].call(root_info)
+    calls = [on(rank, create, info, number, len(ranks), **fields) for number, rank in enumerate(ranks)]
+    assert together(calls) == [SUCCESS] * len(ranks), [rank.call(text) for rank in ranks]
+
+
+def disconnect(*ranks: Rank, key: str = "comm") -> None:
+    """Destroy it and give the devices back."""
+    assert [rank.call(destroy, key) for rank in ranks] == [SUCCESS] * len(ranks), [rank.call(text) for rank in ranks]
+    for rank in ranks:
+        rank.finish()

@@ -229,12 +229,10 @@ static bool inject(struct transfer *transfer, struct item *item, int *code) {
         sim_fail(*code, "%s: fault injected at %s", transfer->task.what, where);
         return false;
     }
-    reception_lock();
     if (item->fault.action == SIM_ASYNC)
         atomic_store(&c->async_error, item->fault.code);
-    if (item->fault.action == SIM_EOF && item->link != NULL && item->link->socket != NULL)
-        socket_cut(item->link->socket);
-    reception_unlock();
+    if (item->fault.action == SIM_EOF && item->link != NULL)
+        meeting_cut(item->link, &transfer->task);
     return true;
 }
 
@@ -429,7 +427,7 @@ static void close_lanes(struct transfer *transfer) {
     for (size_t i = 0; i < transfer->items; i++) {
         struct link *link = transfer->item[i].link;
         struct lane *lane = link != NULL ? &link->lanes[transfer->entry][transfer->item[i].role] : NULL;
-        if (lane == NULL || lane->open || !lane->said)
+        if (lane == NULL || lane->heard || !lane->said) /* who was heard has its answer, whatever it is */
             continue;
         lane->said = false;
         struct frame frame = {.kind = FRAME_CLOSE, .flags = lane_flags(transfer->entry, transfer->item[i].role)};
