@@ -276,6 +276,8 @@ void sim_import_space_free(void *address, size_t size)
 
 void sim_memory_clear(struct sim_device *device)
 {
-    for (struct sim_range *left; (left = sim_range_take_any(device));)
+    for (struct sim_range *left; (left = sim_range_take_any(device));) {
+        sim_discharge(device, left->charged);
         sim_range_put(left);
+    }
 }

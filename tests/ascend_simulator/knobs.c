@@ -85,7 +85,8 @@ static int set_number(struct number_knob *knob, const char *text)
     char *end;
     errno = 0;
     long value = strtol(text, &end, 10);
-    if (errno || end == text || *end || value < knob->least || value > knob->most)
+    if (errno || end == text || *end || value < knob->least || value > knob->most ||
+        (knob == &numbers[SIM_HUGE_OFFSET] && value % 64)) /* addresses are multiples of 64 in any case */
         return sim_fail(ACL_INVALID_FILE, PREFIX "%s='%s': not a number between %ld and %ld", knob->name, text, knob->least,
                         knob->most);
     atomic_store(&knob->value, value);
