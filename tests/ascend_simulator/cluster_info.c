@@ -108,11 +108,10 @@ static HcclResult init(const char *function, struct sim_context *context, const 
         result = sim_fail(HCCL_E_PARA, "%s: rank table: %s", function, reason);
     else if (rank >= table->ranks)
         result = sim_fail(HCCL_E_PARA, "%s: rank %u is not in the table of %u", function, rank, table->ranks);
-    else if (table->entry[rank].device != (uint32_t)device->physical)
+    else if ((result = check_addresses(function, table)) == HCCL_SUCCESS &&
+             table->entry[rank].device != (uint32_t)device->physical)
         result = sim_refuse("comm_thread", HCCL_E_PARA, "%s: rank %u is on device %u, the thread's physical device is %d",
                             function, rank, table->entry[rank].device, device->physical);
-    else
-        result = check_addresses(function, table);
     if (result == HCCL_SUCCESS)
         result = make(&(struct creation){.function = function,
                                          .config = config,

@@ -44,7 +44,9 @@ static int peer_gone(struct one_sided_call *call) {
     struct communicator *c = call->communicator;
     int code = (int)sim_knob(SIM_DEAD_PEER_CODE);
     if (c->members[call->link->peer].roce) {
-        uint64_t until = sim_now() + hccl_environment(call->task.what)->retry_ns;
+        reception_lock();
+        uint64_t until = call->link->died_at + hccl_environment(call->task.what)->retry_ns;
+        reception_unlock();
         while (sim_now() < until && !sim_task_aborted(&call->task) && !destroyed(call))
             sim_task_wait(&call->task, until);
         if (sim_task_aborted(&call->task))

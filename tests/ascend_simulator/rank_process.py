@@ -1,7 +1,7 @@
 """Processes that take part in HCCL: `Rank` is the test's end, the functions with a state run in the process.
 
-Calls that are begun run on threads of their own, so that a process can be asked for the next thing while it waits in the
-last. Every function takes the context of the process's device before anything else.
+Calls that are begun run on threads of their own, so that a process can be asked for the next thing while it waits in
+the last. Every function takes the context of the process's device before anything else.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def rank(program):
 def test_root_information_makes_a_communicator(rank):
     root, other = rank(0), rank(1)
     info = root.call(root_info)
-    assert len(info) == 4108 and info.rstrip(b"\0") != info
+    assert len(info) == 4108
+    assert info.rstrip(b"\0") != info
     assert together([on(root, create, info, 0, name="pair"), on(other, create, info, 1, name="pair")]) == [SUCCESS] * 2
     assert root.call(identity) == (2, 0, "pair")
     assert other.call(identity) == (2, 1, "pair")
@@ -82,7 +83,8 @@ def test_ranks_that_do_not_fit_are_refused_at_both_ends(rank, mine, theirs, reas
     info = root.call(root_info)
     calls = [on(root, create, info, **{"rank": 0, **mine}), on(other, create, info, **{"rank": 1, **theirs})]
     assert together(calls) == [E_PARA] * 2
-    assert reason in root.call(text) and reason in other.call(text)
+    assert reason in root.call(text)
+    assert reason in other.call(text)
     root.finish()
     other.finish()
 
@@ -173,7 +175,10 @@ def test_two_communicators_of_the_same_processes(rank):
     for name in data:
         root.call(buffer, "from " + name, data[name])
         other.call(buffer, "to " + name, 1000)
-        calls = [on(root, post, "Send", "from " + name, 1000, 1, comm=name), on(other, post, "Recv", "to " + name, 1000, 0, comm=name)]
+        calls = [
+            on(root, post, "Send", "from " + name, 1000, 1, comm=name),
+            on(other, post, "Recv", "to " + name, 1000, 0, comm=name),
+        ]
         assert together(calls) == [SUCCESS] * 2
         assert together([on(root, synchronise), on(other, synchronise)]) == [SUCCESS] * 2
     assert {name: other.call(contents, "to " + name, 1000) for name in data} == data

@@ -51,7 +51,7 @@ def pattern(size: int) -> bytes:
 
 @pytest.fixture
 def pair(program):
-    """Starts two processes with a communicator; knobs of the sender begin with sender_, of the receiver with receiver_."""
+    """Starts sender and receiver with a communicator; knobs of one of them begin with sender_ or receiver_."""
 
     def start(**knobs: object) -> tuple[Rank, Rank]:
         def own(prefix: str) -> dict[str, object]:
@@ -75,7 +75,9 @@ def warm(sender: Rank, receiver: Rank) -> None:
 
 def exchange(sender: Rank, receiver: Rank, key: str, count: int) -> list[int]:
     """Post one pair, and the codes of the synchronises."""
-    assert together([on(sender, post, "Send", key, count, 1), on(receiver, post, "Recv", key, count, 0)]) == [SUCCESS] * 2
+    assert (
+        together([on(sender, post, "Send", key, count, 1), on(receiver, post, "Recv", key, count, 0)]) == [SUCCESS] * 2
+    )
     return together([on(sender, synchronise), on(receiver, synchronise)])
 
 
@@ -189,7 +191,11 @@ def test_a_batch_does_not_wait_for_itself(pair):
         rank.call(buffer, "own", 5000)
     items = [(1, "in", 5000), (0, "out", 5000)]
     calls = [
-        on(one, post_batch, [(kind, key, count, 1) for kind, key, count in items] + [(0, "out", 5000, 0), (1, "own", 5000, 0)]),
+        on(
+            one,
+            post_batch,
+            [(kind, key, count, 1) for kind, key, count in items] + [(0, "out", 5000, 0), (1, "own", 5000, 0)],
+        ),
         on(other, post_batch, [(kind, key, count, 0) for kind, key, count in reversed(items)]),
     ]
     assert together(calls) == [SUCCESS] * 2
