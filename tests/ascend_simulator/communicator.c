@@ -266,7 +266,7 @@ HcclResult communicator_begin(const struct creation *creation, struct communicat
     if (code != 0) {
         communicator_discard(c);
         return sim_fail(HCCL_E_MEMORY, "%s: two buffers of %llu MiB do not fit on device %d (%d)", function,
-                        (unsigned long long)mib, c->device->id, code);
+                        (unsigned long long)mib, creation->device->id, code);
     }
     c->charged = bytes;
     *made = c;
