@@ -161,6 +161,7 @@ HcclResult creation_device(const char *function, struct sim_context **context);
 const char *meeting_own_door(void);
 /* Lets higher ranks in at `address`; `slot` is 0 or 1. */
 HcclResult meeting_open_door(const char *function, struct communicator *communicator, int slot, const char *address);
+unsigned meeting_door_port(struct communicator *communicator, int slot);
 void meeting_close_doors(struct communicator *communicator);
 /* After the members are known: takes in those who came too early. */
 void meeting_admit_waiting(struct communicator *communicator);

@@ -3,6 +3,7 @@
 #include "hccl_types.h"
 #include "simulator.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +30,11 @@ static bool number(const char *function, const char *name, long low, long high, 
     return false;
 }
 
+static bool is_address(const char *text) {
+    struct in6_addr address;
+    return inet_pton(AF_INET, text, &address) == 1 || inet_pton(AF_INET6, text, &address) == 1;
+}
+
 static bool read_all(const char *function) {
     long connect, execution, exponent, tries, buffer, intra;
     if (!number(function, "HCCL_CONNECT_TIMEOUT", 120, 7200, 120, &connect) ||
@@ -39,6 +45,11 @@ static bool read_all(const char *function) {
         !number(function, "HCCL_INTRA_ROCE_ENABLE", 0, 1, 0, &intra))
         return false;
     const char *inter = getenv("HCCL_INTER_HCCS_DISABLE");
+    const char *host_ip = getenv("HCCL_IF_IP");
+    if (host_ip != NULL && !is_address(host_ip)) {
+        sim_fail(HCCL_E_PARA, "%s: HCCL_IF_IP is no address: \"%s\"", function, host_ip);
+        return false;
+    }
     char link[16];
     sim_knob_text(SIM_LINK, link, sizeof link);
     values = (struct hccl_environment){
@@ -49,6 +60,8 @@ static bool read_all(const char *function) {
         .roce_inside_server = intra == 1 || strcmp(link, "roce") == 0,
         .roce_between_servers = inter != NULL && strcasecmp(inter, "true") == 0,
     };
+    if (host_ip != NULL)
+        strcpy(values.host_ip, host_ip);
     return true;
 }
 

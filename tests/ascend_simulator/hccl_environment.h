@@ -10,6 +10,7 @@ struct hccl_environment {
     uint64_t execution_timeout_ns; /* scaled; UINT64_MAX without limit */
     uint64_t retry_ns;             /* scaled: until the network gives a dead peer up */
     uint32_t buffer_mib;
+    char host_ip[46]; /* where ranks on other servers reach this process; empty: nowhere */
     bool roce_inside_server;
     bool roce_between_servers; /* of one super pod */
 };

@@ -209,6 +209,13 @@ HcclResult meeting_open_door(const char *function, struct communicator *c, int s
     return door != NULL ? HCCL_SUCCESS : sim_fail(HCCL_E_MEMORY, "%s: no memory", function);
 }
 
+unsigned meeting_door_port(struct communicator *c, int slot) {
+    reception_lock();
+    unsigned port = socket_port(c->doors[slot]->socket);
+    reception_unlock();
+    return port;
+}
+
 static void close_door(struct door *door) {
     if (--door->holders > 0)
         return;

@@ -287,7 +287,7 @@ static bool read_top(struct parse *p, const struct json *top) {
     return pods == NULL || read_pods(p, pods);
 }
 
-static uint64_t digest(const char *text) {
+uint64_t rank_table_digest(const char *text) {
     uint64_t hash = 14695981039346656037ull; /* FNV-1a */
     for (; *text != '\0'; text++)
         hash = (hash ^ (unsigned char)*text) * 1099511628211ull;
@@ -304,7 +304,7 @@ bool rank_table_parse(const char *text, bool super_pods, struct rank_table *tabl
         return false;
     bool good = read_top(&parse, top);
     json_free(top);
-    table->digest = digest(text);
+    table->digest = rank_table_digest(text);
     return good;
 }
 

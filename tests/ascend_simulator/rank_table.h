@@ -31,6 +31,8 @@ struct rank_table {
  * `super_pods` is whether the product knows version 1.2. */
 bool rank_table_parse(const char *text, bool super_pods, struct rank_table *table, char *reason, size_t reason_size);
 
+uint64_t rank_table_digest(const char *text);
+
 /* Whether the two ranks reach each other without their network ports on a product with or without super pods. */
 bool rank_table_near(const struct rank_table *table, uint32_t a, uint32_t b);
 

@@ -22,6 +22,13 @@
 #define BACKLOG 1024
 #define EVENTS 64
 
+union address {
+    struct sockaddr any;
+    struct sockaddr_un local;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+};
+
 struct parcel { /* what a socket did not take at once */
     struct parcel *next;
     size_t length, sent;
@@ -150,6 +157,13 @@ static void end(struct socket *s) {
 
 bool socket_is_local(const struct socket *s) {
     return s->local;
+}
+
+unsigned socket_port(const struct socket *s) {
+    union address address = {.v4.sin_port = 0};
+    socklen_t length = sizeof address;
+    getsockname(s->fd, &address.any, &length);
+    return ntohs(address.any.sa_family == AF_INET6 ? address.v6.sin6_port : address.v4.sin_port);
 }
 
 void *socket_owner(const struct socket *s) {
@@ -316,13 +330,6 @@ static void writable(struct socket *s) {
 }
 
 /* ---- addresses ---- */
-
-union address {
-    struct sockaddr any;
-    struct sockaddr_un local;
-    struct sockaddr_in v4;
-    struct sockaddr_in6 v6;
-};
 
 static socklen_t parse_address(const char *text, union address *address) {
     memset(address, 0, sizeof *address);

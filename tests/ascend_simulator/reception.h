@@ -55,6 +55,7 @@ void socket_finish(struct socket *socket);
 /* Cuts the connection as a broken wire does: both ends see its end by themselves. */
 void socket_cut(struct socket *socket);
 bool socket_is_local(const struct socket *socket);
+unsigned socket_port(const struct socket *listener); /* of "tcp:0:...", the one that the kernel chose */
 
 /* Without the mutex: a socket connected to the address, or -1 with errno. Never waits longer than `patience_ms`. */
 int socket_dial(const char *address, int patience_ms);

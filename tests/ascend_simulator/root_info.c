@@ -1,6 +1,7 @@
 /* Creation by root information: all ranks introduce themselves to the root, which tells each who the others are. */
 #include "communicator.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,8 @@ struct root_bytes { /* what HcclRootInfo holds; zeros behind */
     uint32_t protocol;
     char nonce[NONCE_LETTERS + 1];
     char address[64];
+    char remote[64]; /* for ranks on other servers; empty without HCCL_IF_IP */
+    uint64_t server;
 };
 _Static_assert(sizeof(struct root_bytes) < HCCL_ROOT_INFO_BYTES, "root information");
 
@@ -24,6 +27,8 @@ struct join {
     char version[32];
     char name[HCCL_NAME_BYTES];
     char door[ADDRESS_BYTES];
+    char remote_door[ADDRESS_BYTES];
+    uint64_t server;
     uint32_t rank, ranks, physical, process;
     uint32_t buffer_mib;
 };
@@ -40,7 +45,7 @@ struct newcomer {
 struct root {
     struct root *next;
     struct sim_device *device;
-    struct socket *listener;
+    struct socket *listener, *remote_listener;
     struct newcomer *newcomers;
     char nonce[NONCE_LETTERS + 1];
 };
@@ -50,6 +55,7 @@ struct joining { /* this process as a newcomer */
     pthread_cond_t changed;
     struct communicator *communicator;
     struct socket *socket;
+    uint64_t server;
     bool answered;
     HcclResult result;
     char reason[256];
@@ -79,7 +85,9 @@ static void close_gathering(struct root *root) {
     }
     if (root->listener != NULL)
         socket_close(root->listener);
-    root->listener = NULL;
+    if (root->remote_listener != NULL)
+        socket_close(root->remote_listener);
+    root->listener = root->remote_listener = NULL;
 }
 
 static void tell_all(struct root *root, HcclResult result, const void *body, size_t length) {
@@ -101,7 +109,9 @@ static const char *conflict(const struct join *a, const struct join *b) {
         return "buffer sizes differ";
     if (a->rank == b->rank)
         return "two have the same rank";
-    if (a->physical == b->physical)
+    if (a->server != b->server && (a->remote_door[0] == '\0' || b->remote_door[0] == '\0'))
+        return "ranks on different servers need HCCL_IF_IP";
+    if (a->server == b->server && a->physical == b->physical)
         return "two are on the same device";
     return NULL;
 }
@@ -138,7 +148,7 @@ static void newcomer_frame(struct socket *socket, void *owner, const struct fram
     if (!newcomer->spoke && frame->kind == FRAME_JOIN && frame->body == sizeof *join) {
         memcpy(join, body, sizeof *join);
         join->name[sizeof join->name - 1] = join->door[sizeof join->door - 1] = '\0';
-        join->version[sizeof join->version - 1] = '\0';
+        join->remote_door[sizeof join->remote_door - 1] = join->version[sizeof join->version - 1] = '\0';
         if (join->ranks <= COMMUNICATOR_RANKS_MAX && join->rank < join->ranks) {
             newcomer->spoke = true;
             look_whether_complete(newcomer->root, newcomer);
@@ -179,6 +189,36 @@ static void free_root(struct root *root) {
     reception_release();
 }
 
+/* What two processes on one server have in common, and no two servers: kernel, network namespace and world. */
+static uint64_t server_identity(void) {
+    char text[512] = "";
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd >= 0 ? read(fd, text, 64) : 0;
+    if (fd >= 0)
+        close(fd);
+    length = length > 0 ? length : 0;
+    ssize_t more = readlink("/proc/self/ns/net", text + length, 128);
+    length += more > 0 ? more : 0;
+    sim_knob_text(SIM_WORLD, text + length, sizeof text - (size_t)length);
+    return rank_table_digest(text);
+}
+
+/* Mutex held. */
+static bool listen_for_newcomers(struct root *root, struct root_bytes *bytes) {
+    const char *host_ip = hccl_environment("HcclGetRootInfo")->host_ip;
+    root->listener = socket_listen(bytes->address, newcomer_arrives, root);
+    if (root->listener == NULL || host_ip[0] == '\0')
+        return root->listener != NULL;
+    char address[64];
+    snprintf(address, sizeof address, "tcp:0:%s", host_ip);
+    root->remote_listener = socket_listen(address, newcomer_arrives, root);
+    if (root->remote_listener != NULL)
+        snprintf(bytes->remote, sizeof bytes->remote, "tcp:%u:%s", socket_port(root->remote_listener), host_ip);
+    else
+        socket_close(root->listener);
+    return root->remote_listener != NULL;
+}
+
 static HcclResult open_root(struct sim_device *device, struct root_bytes *bytes) {
     struct root *root = calloc(1, sizeof *root);
     if (root == NULL)
@@ -189,21 +229,20 @@ static HcclResult open_root(struct sim_device *device, struct root_bytes *bytes)
     bytes->protocol = PROTOCOL;
     strcpy(bytes->nonce, root->nonce);
     snprintf(bytes->address, sizeof bytes->address, "unix:hccl-root-%s", root->nonce);
+    bytes->server = server_identity();
     reception_lock();
-    bool held = reception_hold();
-    root->listener = held ? socket_listen(bytes->address, newcomer_arrives, root) : NULL;
-    if (root->listener != NULL) {
+    bool held = reception_hold(), good = held && listen_for_newcomers(root, bytes);
+    if (good) {
         root->next = roots;
         roots = root;
     } else if (held) {
         reception_release();
     }
-    bool good = root->listener != NULL;
     reception_unlock();
     if (good)
         return HCCL_SUCCESS;
     free(root);
-    return sim_fail(HCCL_E_SYSCALL, "HcclGetRootInfo: cannot listen");
+    return sim_fail(HCCL_E_SYSCALL, "HcclGetRootInfo: cannot listen (HCCL_IF_IP must be an address of this server)");
 }
 
 SIM_API HcclResult HcclGetRootInfo(HcclRootInfo *info) {
@@ -215,7 +254,8 @@ SIM_API HcclResult HcclGetRootInfo(HcclRootInfo *info) {
         return sim_fail(HCCL_E_PTR, "HcclGetRootInfo: no place for the information");
     if (hccl_environment("HcclGetRootInfo") == NULL)
         return HCCL_E_PARA;
-    struct root_bytes bytes = {.protocol = 0};
+    struct root_bytes bytes;
+    memset(&bytes, 0, sizeof bytes); /* with what is between the fields */
     HcclResult result = open_root(sim_context_device(context), &bytes);
     memset(info, 0, sizeof *info);
     if (result == HCCL_SUCCESS)
@@ -242,9 +282,10 @@ static void take_members(struct joining *joining, const struct frame *frame, con
     for (uint32_t rank = 0; rank < c->ranks; rank++) {
         struct join join;
         memcpy(&join, body + rank * sizeof join, sizeof join);
+        bool near = join.server == joining->server;
         c->members[rank] = (struct member){
-            .physical = join.physical, .same_server = true, .roce = environment->roce_inside_server};
-        snprintf(c->members[rank].door, ADDRESS_BYTES, "%.*s", ADDRESS_BYTES - 1, join.door);
+            .physical = join.physical, .same_server = near, .roce = !near || environment->roce_inside_server};
+        snprintf(c->members[rank].door, ADDRESS_BYTES, "%.*s", ADDRESS_BYTES - 1, near ? join.door : join.remote_door);
     }
     c->members_known = true;
     meeting_admit_waiting(c);
@@ -310,12 +351,17 @@ static HcclResult meet_root(const char *function, struct communicator *c, const 
     strcpy(join.version, SIM_VERSION);
     strcpy(join.name, c->name);
     snprintf(join.door, sizeof join.door, "%s", meeting_own_door());
+    join.server = server_identity();
+    if (c->doors[1] != NULL)
+        snprintf(join.remote_door, sizeof join.remote_door, "tcp:%u:%s", meeting_door_port(c, 1),
+                 hccl_environment(function)->host_ip);
     uint64_t deadline = sim_now() + hccl_environment(function)->connect_timeout_ns;
-    struct joining joining = {.communicator = c};
+    const char *address = join.server == info->server || info->remote[0] == '\0' ? info->address : info->remote;
+    struct joining joining = {.communicator = c, .server = join.server};
     sim_condition_init(&joining.changed);
     reception_lock();
     joinings[c->device->id] = &joining;
-    await_answer(&joining, info->address, &join, deadline);
+    await_answer(&joining, address, &join, deadline);
     joinings[c->device->id] = NULL;
     bool ended = finalizing;
     reception_unlock();
@@ -334,7 +380,13 @@ static HcclResult join(const char *function, struct communicator *c, const struc
     snprintf(c->key, sizeof c->key, "root:%s", info->nonce);
     if (c->name[0] == '\0')
         snprintf(c->name, sizeof c->name, "unnamed_%s", info->nonce);
+    const char *host_ip = hccl_environment(function)->host_ip;
     HcclResult result = meeting_open_door(function, c, 0, meeting_own_door());
+    if (result == HCCL_SUCCESS && host_ip[0] != '\0') {
+        char remote[ADDRESS_BYTES];
+        snprintf(remote, sizeof remote, "tcp:0:%s", host_ip);
+        result = meeting_open_door(function, c, 1, remote);
+    }
     if (result != HCCL_SUCCESS)
         return result;
     struct sim_fault fault = sim_fault("link.meet", c->device->id, NULL, NULL, NULL);
@@ -354,7 +406,8 @@ static HcclResult read_root(const char *function, const HcclRootInfo *given, str
     memcpy(info, given->internal, sizeof *info);
     size_t rest = sizeof given->internal - sizeof *info;
     if (strncmp(info->marker, MARKER, sizeof info->marker) != 0 || info->protocol != PROTOCOL ||
-        memchr(info->nonce, '\0', sizeof info->nonce) == NULL || memchr(info->address, '\0', sizeof info->address) == NULL)
+        memchr(info->nonce, '\0', sizeof info->nonce) == NULL || memchr(info->address, '\0', sizeof info->address) == NULL ||
+        memchr(info->remote, '\0', sizeof info->remote) == NULL)
         return sim_fail(HCCL_E_PARA, "%s: these bytes are no root information", function);
     if (memcmp(given->internal + sizeof *info, zeros, rest) != 0)
         return sim_fail(HCCL_E_PARA, "%s: the end of the root information was changed", function);

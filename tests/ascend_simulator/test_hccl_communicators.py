@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -283,6 +285,77 @@ def test_finalize_ends_a_creation_that_waits(rank):
     waiting = root.begin(create, info, 0)
     assert root.call(finalize) == []
     assert waiting.result(1.0) in (E_INTERNAL, E_RUNTIME)
+
+
+def test_ranks_on_two_servers_meet_where_the_host_address_says(rank, world):
+    root = rank(0, HCCL_IF_IP="127.0.0.1")
+    other = rank(0, HCCL_IF_IP="127.0.0.1", WORLD=world + ".other")
+    connect(root, other, name="far")
+    data = bytes(range(256)) * 4096
+    root.call(buffer, "data", data)
+    other.call(buffer, "data", len(data))
+    for sender, receiver in ((root, other), (other, root)):
+        peers = {root: 1, other: 0}
+        calls = [
+            on(sender, post, "Send", "data", len(data), peers[sender]),
+            on(receiver, post, "Recv", "data", len(data), peers[receiver]),
+        ]
+        assert together(calls) == [SUCCESS] * 2
+        assert together([on(root, synchronise), on(other, synchronise)]) == [SUCCESS] * 2
+        assert receiver.call(contents, "data", len(data)) == data
+    for each in (root, other):
+        each.call(free, "data")
+    disconnect(root, other)
+
+
+def test_ranks_on_two_servers_without_host_address(rank, world):
+    root, other = rank(0, TIME_SCALE="0.005", HCCL_IF_IP="127.0.0.1"), rank(1, WORLD=world + ".other")
+    info = root.call(root_info)
+    assert together([on(root, create, info, 0), on(other, create, info, 1)]) == [E_PARA] * 2
+    assert "HCCL_IF_IP" in other.call(text)
+    third = rank(2, TIME_SCALE="0.002")
+    fourth = rank(3, TIME_SCALE="0.002", WORLD=world + ".other")
+    info = third.call(root_info)
+    assert together([on(third, create, info, 0), on(fourth, create, info, 1)]) == [E_TIMEOUT] * 2
+
+
+def fork_a_child(state):
+    """A child that outlives its parent; gives its process id."""
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    return child
+
+
+def test_a_forked_child_does_not_stand_in_for_its_parent(rank):
+    root, other = rank(0), rank(1, HCCL_EXEC_TIMEOUT=20)
+    connect(root, other)
+    for each in (root, other):
+        each.call(buffer, "data", 64)
+    assert together([on(root, post, "Send", "data", 64, 1), on(other, post, "Recv", "data", 64, 0)]) == [SUCCESS] * 2
+    assert together([on(root, synchronise), on(other, synchronise)]) == [SUCCESS] * 2
+    child = root.call(fork_a_child)
+    try:
+        root.program.kill()
+        stuck = other.begin(post, "Send", "data", 64, 0)
+        assert stuck.result() == E_TIMEOUT, "the peer is known to be gone"
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert other.call(destroy) == SUCCESS
+
+
+def test_what_a_killed_process_had_is_free_again(rank):
+    root, other = rank(0), rank(1)
+    before = root.call(free_memory)
+    root.program.kill()
+    killed = rank(0)
+    connect(killed, other, buffer_mib=50)
+    killed.call(buffer, "data", 1 << 20)
+    assert killed.call(free_memory) < before - 100 * MIB
+    killed.program.kill()
+    assert rank(0).call(free_memory) == before
+    assert other.call(destroy) == SUCCESS
+    other.finish()
 
 
 def test_an_asynchronous_error_on_order(rank):
