@@ -1,4 +1,4 @@
-"""Builds the simulator: ``python -m tests.ascend_simulator.build [--sanitize address|thread|undefined]`` prints the libraries."""
+"""Builds the simulator: ``python -m tests.ascend_simulator.build [--sanitize address|thread]`` prints the libraries."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 BUILD = SOURCES.parents[1] / "build" / "ascend_simulator"
-SANITIZERS = ("", "address", "thread", "undefined")
+SANITIZERS = ("", "address", "thread")
 # The whole, and what installations with fewer names look like: <variant>.map says which names leave the library.
 VARIANTS = ("", "acl_only", "no_onesided", "old")
 
-_COMPILE = "-std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Werror".split()
-_LINK = "-shared -pthread -Wl,-z,nodelete -Wl,--no-undefined -ldl".split()
+_COMPILE = [
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-g",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
+_LINK = ["-shared", "-pthread", "-Wl,-z,nodelete", "-ldl"]
 _SANITIZE = {
-    "": [],
-    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
-    # Without --no-undefined's complaint: the run-time library comes first, through LD_PRELOAD.
-    "thread": ["-fsanitize=thread"],
-    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "": ["-O2", "-Wl,--no-undefined"],
+    # Undefined behaviour ends the process as bad accesses do.
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "thread": ["-O1", "-fsanitize=thread"],
 }
 
 
@@ -36,8 +45,8 @@ def library(variant: str = "", sanitize: str = "") -> Path:
     variant
         One of ``VARIANTS``: which names are exported.
     sanitize
-        One of ``SANITIZERS``. A program that loads the address or the thread variant must be started with ``LD_PRELOAD``
-        set to :func:`sanitizer_runtime`.
+        One of ``SANITIZERS``. A program that loads such a library must be started with ``LD_PRELOAD`` set to
+        :func:`sanitizer_runtime`.
 
     Raises
     ------
@@ -59,9 +68,9 @@ def library(variant: str = "", sanitize: str = "") -> Path:
 
 def sanitizer_runtime(sanitize: str) -> str:
     """Path of the run-time library that must be preloaded for ``sanitize``; empty if none."""
-    name = {"address": "libasan.so", "thread": "libtsan.so"}.get(sanitize)
-    if not name:
+    if not sanitize:
         return ""
+    name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
     return _run(["gcc", f"-print-file-name={name}"]).strip()
 
 
@@ -87,7 +96,6 @@ def _build(folder: Path, sanitize: str) -> None:
         exports = SOURCES / f"{variant or 'everything'}.map"
         made = folder / _name(variant)
         fresh = made.with_suffix(".new")
-        # Objects first: --no-undefined and -ldl look at what stands before them.
         _run(["gcc", *objects, *_SANITIZE[sanitize], *_LINK, f"-Wl,--version-script={exports}", "-o", str(fresh)])
         os.replace(fresh, made)  # whoever has the old one loaded keeps it
 

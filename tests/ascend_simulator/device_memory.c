@@ -96,11 +96,13 @@ static int reserve(void)
 {
     if (reserved)
         return 0;
-    size_t size = (size_t)sim_device_count() * span_of_device() + IMPORT_SPACE + GIB;
     char letters[3];
     sim_nonce(letters, 3);
     size_t number = ((size_t)(letters[0] - 'a') * 26 + (size_t)(letters[1] - 'a')) * 26 + (size_t)(letters[2] - 'a');
+    /* Somewhere in the middle of the address space, and, where the system takes no advice, somewhere in what it gives. */
     void *hint = (void *)(0x120000000000 + number * 2 * GIB);
+    size_t shift = number % 64 * GIB;
+    size_t size = (size_t)sim_device_count() * span_of_device() + IMPORT_SPACE + GIB + shift;
     void *got = mmap(hint, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED)
         return sim_fail(ACL_INTERNAL_ERROR, "no address space for devices: %s", strerror(errno));
@@ -108,7 +110,7 @@ static int reserve(void)
     madvise(got, size, MADV_DONTFORK);
     reserved = got;
     reserved_size = size;
-    uintptr_t begin = sim_round_up((uintptr_t)got, GIB);
+    uintptr_t begin = sim_round_up((uintptr_t)got, GIB) + shift;
     put_block(&import_blocks, &import_count, &import_room,
               (struct block){(size_t)sim_device_count() * span_of_device(), IMPORT_SPACE});
     atomic_store(&range_begin, begin);

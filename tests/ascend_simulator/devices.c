@@ -64,7 +64,9 @@ static int open_device(struct device_state *state)
 
 SIM_API aclError aclrtSetDevice(int32_t id)
 {
-    int code = sim_enter(__func__, 0, NULL);
+    int code = sim_enter(__func__, SIM_FAULT_LATER, NULL);
+    if (!code) /* faults are told the device that is meant, not the one that the thread has */
+        code = sim_fault_at_call(__func__, id);
     if (code)
         return code;
     if (!sim_device(id))
@@ -112,7 +114,9 @@ static int close_device(const char *function, struct device_state *state)
 
 SIM_API aclError aclrtResetDevice(int32_t id)
 {
-    int code = sim_enter(__func__, 0, NULL);
+    int code = sim_enter(__func__, SIM_FAULT_LATER, NULL);
+    if (!code) /* faults are told the device that is meant, not the one that the thread has */
+        code = sim_fault_at_call(__func__, id);
     if (code)
         return code;
     if (!sim_device(id))

@@ -112,17 +112,6 @@ SIM_API aclError aclInit(const char *path)
     return code;
 }
 
-/* The simulator can be built without its HCCL half. */
-__attribute__((weak)) void sim_hccl_finalize(void)
-{
-}
-
-__attribute__((weak)) size_t sim_hccl_alive(int device)
-{
-    (void)device;
-    return 0;
-}
-
 /* Under the lock. */
 static int finish(const char *function)
 {

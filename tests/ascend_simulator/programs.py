@@ -19,9 +19,9 @@ from typing import Any
 from tests.ascend_simulator import build
 from tests.ascend_simulator.acl import Acl
 
-# A run under a sanitizer: SANITIZE=thread LD_PRELOAD=... python -m pytest tests/ascend_simulator
+# All of it under a sanitizer: SANITIZE=thread LD_PRELOAD=$(gcc -print-file-name=libtsan.so) python -m pytest ...
 SANITIZE = os.environ.get("SANITIZE", "")
-# Forked from a server that has everything imported: ten times as fast as a new interpreter, and without the threads of pytest.
+# Forked from a server that has everything imported: much faster than a new interpreter, and without pytest's threads.
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["pytest", __name__, *(f"{__package__}.{path.stem}" for path in Path(__file__).parent.glob("test_*.py"))]
@@ -55,7 +55,7 @@ class Program:
         for name, value in environment.items():
             variables[name if name.startswith(("LLMDD_SIM_", "ASCEND_", "HCCL_")) else f"LLMDD_SIM_{name}"] = str(value)
         self._connection, theirs = _CONTEXT.Pipe()
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the program
         path = str(build.library(variant, SANITIZE))
         self._process = _CONTEXT.Process(
             target=_serve, args=(theirs, self._errors_path(), path, hold_interpreter, variables), daemon=True

@@ -37,6 +37,15 @@ def test_which_occurrence(program, faults, failing):
     assert (struck, called, alive) == (len(failing), 5, 5 - len(failing))
 
 
+def set_two_devices(acl: Acl):
+    acl.ok("aclInit", None)
+    return [acl.aclrtSetDevice(device) for device in (0, 1, 0)]
+
+
+def test_fault_of_set_device_means_the_device_that_is_set(program):
+    assert program(FAULTS="aclrtSetDevice@1=code(507033)").call(set_two_devices) == [0, 507033, 0]
+
+
 def test_probability_comes_from_the_seed(program):
     runs = [program(FAULTS="aclrtMalloc%0.5=code(207001)", SEED=seed).call(malloc_often, 64)[0] for seed in (5, 5, 6)]
     assert runs[0] == runs[1] != runs[2]

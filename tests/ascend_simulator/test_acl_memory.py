@@ -16,6 +16,7 @@ from tests.ascend_simulator.acl import (
     NORMAL_ONLY,
     Acl,
 )
+from tests.ascend_simulator.programs import SANITIZE
 
 MIB = 1 << 20
 
@@ -232,6 +233,7 @@ def touch(acl: Acl, offset: int):
     ctypes.memset(memory + offset, 0, 1)
 
 
+@pytest.mark.skipif(SANITIZE == "thread", reason="ThreadSanitizer handles the signal itself")
 def test_host_that_touches_device_memory_crashes_and_is_told_what_it_touched(program):
     errors = program().aborts(touch, 100, by=signal.SIGSEGV)
     assert "host_deref" in errors
