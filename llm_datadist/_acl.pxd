@@ -98,7 +98,6 @@ cdef struct AclFunctions:
     aclError (*aclrtCreateEventWithFlag)(aclrtEvent *, uint32_t) noexcept nogil
     aclError (*aclrtDestroyEvent)(aclrtEvent) noexcept nogil
     aclError (*aclrtRecordEvent)(aclrtEvent, aclrtStream) noexcept nogil
-    aclError (*aclrtResetEvent)(aclrtEvent, aclrtStream) noexcept nogil
     aclError (*aclrtQueryEventStatus)(aclrtEvent, int32_t *) noexcept nogil
     aclError (*aclrtSynchronizeEventWithTimeout)(aclrtEvent, int32_t) noexcept nogil
     # memory
@@ -153,6 +152,7 @@ cdef class Device:
     cdef aclrtContext _context            # the default one of the device, shared with others of this process
     cdef bint _open
     cdef bint _closing
+    cdef bint lost                        # tasks could not be ended: memory that they may touch is never given back
     cdef uint64_t _users                  # handles that must be given back before the device is
 
     # Makes the device current on this thread. `leave` must follow, unless it failed.
@@ -160,6 +160,7 @@ cdef class Device:
     # Makes current what was so before; a thread that had nothing keeps the device.
     cdef void leave(self, Scope *scope) noexcept nogil
     cdef int _hold(self) except -1
+    cdef int _keep(self) except -1
     cdef void _drop(self) noexcept
     cdef void _give_back(self) noexcept
     cdef int _find_physical_id(self) except? -1
@@ -204,7 +205,7 @@ cdef class Event:
     # As of a stream, with ACL_ERROR_RT_EVENT_SYNC_TIMEOUT.
     cdef aclError wait(self, const Gate *gate) noexcept nogil
     cdef aclError query(self, bint *complete) noexcept nogil
-    cdef aclError _reset(self, Stream stream) noexcept nogil
+    cdef aclError _renew(self) noexcept nogil
     cdef void _destroy(self, AclFailure *failure) noexcept
 
 

@@ -162,7 +162,6 @@ cdef int _find_task_functions(SharedLibrary library, AclFunctions *f) except -1:
     library.require("aclrtCreateEventWithFlag", <void **>&f.aclrtCreateEventWithFlag)
     library.require("aclrtDestroyEvent", <void **>&f.aclrtDestroyEvent)
     library.require("aclrtRecordEvent", <void **>&f.aclrtRecordEvent)
-    library.accept("aclrtResetEvent", <void **>&f.aclrtResetEvent)
     library.require("aclrtQueryEventStatus", <void **>&f.aclrtQueryEventStatus)
     library.require("aclrtSynchronizeEventWithTimeout", <void **>&f.aclrtSynchronizeEventWithTimeout)
     return 0
@@ -415,9 +414,16 @@ cdef class Device:
                 _forget_text()  # its owner closed it
 
     cdef int _hold(self) except -1:
+        """Let a new handle keep the device open."""
+        if self._closing:
+            raise acl_error("aclrtSetCurrentContext", ACL_CLOSED)
+        return self._keep()
+
+    cdef int _keep(self) except -1:
+        """Keep the device open during a call."""
         if _forked:
             raise acl_error("aclrtSetCurrentContext", ACL_FORKED_CHILD)
-        if not self._open or self._closing:
+        if not self._open:
             raise acl_error("aclrtSetCurrentContext", ACL_CLOSED)
         self._users += 1
         return 0
@@ -451,7 +457,7 @@ cdef class Device:
         cdef Scope scope
         cdef size_t free = 0
         cdef size_t total = 0
-        self._hold()
+        self._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -496,7 +502,7 @@ cdef class _Current:
         self._device = device
 
     def __enter__(self):
-        self._device._hold()
+        self._device._keep()
         cdef aclError code = self._device.enter(&self._scope)
         if code != ACL_SUCCESS:
             error = acl_error("aclrtSetCurrentContext", code)
@@ -642,7 +648,7 @@ cdef class DeviceMemory(Memory):
         cdef Scope scope
         cdef void *block = self._block
         failure.code = ACL_SUCCESS
-        if block == NULL or _forked:
+        if block == NULL or _forked or device.lost:
             return
         _exchange_range(self.base, self.base + self.size, 0, 0)
         self._block = NULL
@@ -748,7 +754,7 @@ cdef class PinnedMemory(Memory):
         cdef Scope scope
         cdef void *block = <void *>self.base
         failure.code = ACL_SUCCESS
-        if block == NULL or _forked:
+        if block == NULL or _forked or device.lost:
             return
         self.base = 0
         with nogil:
@@ -884,7 +890,7 @@ cdef class Stream:
         cdef AclFailure failure
         cdef Scope scope
         cdef Gate gate = _until(deadline_ns)
-        self.device._hold()
+        self.device._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -893,6 +899,31 @@ cdef class Stream:
         self.device._drop()
         if failure.code != ACL_SUCCESS:
             raise failure_error(&failure)
+
+    def cancel(self):
+        """Drop all tasks; when this returns, none of them writes any more. The stream can only be closed then.
+
+        Raises
+        ------
+        AclError
+            The runtime cannot: what the tasks write to must stay as it is.
+        """
+        cdef AclFailure failure
+        cdef Scope scope
+        self.device._keep()
+        with nogil:
+            note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
+            if failure.code == ACL_SUCCESS:
+                note_failure(&failure, "aclrtStreamAbort", self.abort())
+                self.device.leave(&scope)
+        self.device._drop()
+        if failure.code != ACL_SUCCESS:
+            raise failure_error(&failure)
+
+    @property
+    def pointer(self):
+        """The runtime's handle as a number, for other libraries of the process; 0 when closed."""
+        return <uint64_t>self.handle
 
     def close(self):
         """Destroy the stream; tasks that are left are dropped. May be called twice.
@@ -976,7 +1007,7 @@ cdef class Event:
         if self.handle == NULL or stream.handle == NULL:
             return ACL_CLOSED
         if self._recorded and not self.reusable:
-            code = self._reset(stream)
+            code = self._renew()
             if code != ACL_SUCCESS:
                 return code
         code = self.device.acl.aclrtRecordEvent(self.handle, stream.handle)
@@ -984,17 +1015,17 @@ cdef class Event:
             self._recorded = True
         return code
 
-    cdef aclError _reset(self, Stream stream) noexcept nogil:
-        """Make an event of the older kind as good as new: behind what is on the stream, or by another one."""
+    cdef aclError _renew(self) noexcept nogil:
+        """Put a new event in the place of one of the older kind, which goes on to count as complete until it is reset.
+
+        The reset would be a task of the stream: until that runs, who waits here would be let through by the last record.
+        """
         cdef AclFailure failure
-        cdef aclrtEvent old = self.handle
-        if self.device.acl.aclrtResetEvent != NULL:
-            return self.device.acl.aclrtResetEvent(self.handle, stream.handle)
-        self.handle = _new_event(self.device.acl, &failure)
+        cdef aclrtEvent new = _new_event(self.device.acl, &failure)
         if failure.code != ACL_SUCCESS:
-            self.handle = old
             return failure.code
-        return self.device.acl.aclrtDestroyEvent(old)  # it may be destroyed before it is complete
+        new, self.handle = self.handle, new
+        return self.device.acl.aclrtDestroyEvent(new)  # the old one; streams that wait for it keep what they need
 
     cdef aclError make_wait(self, Stream stream) noexcept nogil:
         if _forked:
@@ -1051,7 +1082,7 @@ cdef class Event:
         """Record the event behind what is on a stream now."""
         cdef AclFailure failure
         cdef Scope scope
-        self.device._hold()
+        self.device._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -1065,7 +1096,7 @@ cdef class Event:
         """Let what comes next on a stream wait for the event."""
         cdef AclFailure failure
         cdef Scope scope
-        self.device._hold()
+        self.device._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -1086,7 +1117,7 @@ cdef class Event:
         cdef AclFailure failure
         cdef Scope scope
         cdef Gate gate = _until(deadline_ns)
-        self.device._hold()
+        self.device._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -1102,7 +1133,7 @@ cdef class Event:
         cdef AclFailure failure
         cdef Scope scope
         cdef bint complete = False
-        self.device._hold()
+        self.device._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:

@@ -149,7 +149,8 @@ cdef class AscendCopier(LocalCopier):
             # not known. It goes with the last reference; one that could not be aborted must not go at all.
             if lost[0]:
                 Py_INCREF(lane)
-                _log.error("a copy on device %d cannot be aborted; its memory is not used again", self.device.device_id)
+                self.device.lost = True
+                _log.error("a copy on device %d cannot be aborted; its memory stays taken", self.device.device_id)
             elif sound:
                 self._idle.append(lane)
             self._room.release()

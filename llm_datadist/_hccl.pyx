@@ -352,7 +352,7 @@ cdef class Communicator:
         if handle == NULL:
             note_hccl_failure(&failure, "HcclGetCommAsyncError", HCCL_CLOSED)
             raise hccl_failure_error(&failure)
-        self.device._hold()
+        self.device._keep()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
