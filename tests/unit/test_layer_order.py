@@ -1,4 +1,4 @@
-"""What a layer-wise transfer on a device waits for. A fake stands in for torch_npu: its streams and events as documented."""
+"""What a layer-wise transfer on a device waits for. A fake stands in for torch_npu, as its streams are documented."""
 
 from __future__ import annotations
 
