@@ -31,3 +31,13 @@ class LocalCopier:
         swap_in: bool,
         deadline_ns: int,
     ) -> LocalOutcome: ...
+    def copy_range(
+        self,
+        cache: LocalCache,
+        tensor: int,
+        offset: int,
+        host: int,
+        nbytes: int,
+        into_cache: bool,
+        deadline_ns: int,
+    ) -> LocalOutcome: ...

@@ -143,6 +143,30 @@ cdef class LocalCopier:
             PyMem_Free(addresses)
             PyMem_Free(runs)
 
+    def copy_range(
+        self, LocalCache cache not None, uint64_t tensor, uint64_t offset, uint64_t host, uint64_t nbytes,
+        bint into_cache, uint64_t deadline_ns,
+    ):
+        """Copy bytes between one tensor of a cache and host memory.
+
+        Parameters
+        ----------
+        cache : LocalCache
+        tensor, offset, nbytes : int
+            Which bytes of which tensor; they exist.
+        host : int
+            Address in host memory. The caller vouches for the memory.
+        into_cache : bool
+            From the host into the cache, or the other way.
+        """
+        cdef Run run = Run(source=0, target=0, nbytes=nbytes)
+        cdef uint64_t inside = cache.tensor_at(tensor) + offset
+        if nbytes == 0:
+            return LocalOutcome.DONE
+        if into_cache:
+            return self._copy(&host, &inside, 1, &run, 1, False, cache, cache, deadline_ns)
+        return self._copy(&inside, &host, 1, &run, 1, False, cache, cache, deadline_ns)
+
     cdef object _copy(
         self, const uint64_t *sources, const uint64_t *targets, uint64_t tensors, const Run *runs, uint64_t num_runs,
         bint in_order, LocalCache source, LocalCache target, uint64_t deadline_ns,

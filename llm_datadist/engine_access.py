@@ -36,3 +36,21 @@ class EngineAccess:
     def _tensor_memory(self, cache: CacheHandle, tensor_index: int) -> list[memoryview]:
         """Give the bytes of a tensor that exists, writable, one view a device."""
         return self._engine.tensor_memory(self._engine_id(cache), tensor_index)
+
+    def _copy_range(
+        self,
+        call: str,
+        cache: CacheHandle,
+        tensor_index: int,
+        device_index: int,
+        offset: int,
+        data: memoryview,
+        into_cache: bool,
+    ) -> None:
+        """Copy between a tensor that exists, if the cache does, and contiguous memory of the host."""
+        import numpy as np
+
+        host = np.asarray(data).ctypes.data  # `data` keeps the memory where it is
+        self._engine.copy_range(
+            call, self._engine_id(cache), tensor_index, device_index, offset, host, data.nbytes, into_cache
+        )

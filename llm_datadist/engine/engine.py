@@ -14,7 +14,7 @@ from llm_datadist.engine.cache_pool import CachePool, Placed
 from llm_datadist.engine.caches import CacheTable, PoolStatistics, slots_of_keys
 from llm_datadist.engine.copy_threads import copy_threads
 from llm_datadist.engine.device_choice import DeviceKind, choose_device, hccl_device, open_device
-from llm_datadist.engine.failures import failure, invalid, no_cache
+from llm_datadist.engine.failures import check_device_index, failure, invalid, no_cache
 from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.keys import KeyKind, KeyName
 from llm_datadist.engine.link import ClusterAddress, Identity
@@ -331,6 +331,22 @@ class Engine(Transfers):
         """
         self._require_open("swap_blocks")
         self._copies.swap_blocks(cache_id, host_addresses[0], block_nbytes, src_blocks, dst_blocks, swap_in)
+
+    def copy_range(
+        self,
+        call: str,
+        cache_id: int,
+        tensor_index: int,
+        device_index: int,
+        offset: int,
+        host: int,
+        nbytes: int,
+        into_cache: bool,
+    ) -> None:
+        """Copy bytes between a tensor on the one device and host memory; see `LocalCopies.copy_range`."""
+        self._require_open(call)
+        check_device_index(call, device_index, 1)
+        self._copies.copy_range(call, cache_id, tensor_index, offset, host, nbytes, into_cache)
 
     # ---- links
 

@@ -22,3 +22,9 @@ def no_cache(call: str, cache_id: int) -> LLMException:
     """Make the exception for a local cache whose id is not held."""
     reason = f"local cache {cache_id} does not exist or was deallocated"
     return failure(call, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, reason)
+
+
+def check_device_index(call: str, device_index: int, devices: int) -> None:
+    """Check the position of a device among those of the process."""
+    if not 0 <= device_index < devices:
+        raise invalid(call, f"device_index {device_index} is out of range, the cache is on {devices} devices")

@@ -157,6 +157,40 @@ class LocalCopies:
             lambda: self._copier.swap_blocks(cache, host_addresses, pairs, block_nbytes, swap_in, deadline_ns),
         )
 
+    def copy_range(
+        self, call: str, cache_id: int, tensor_index: int, offset: int, host: int, nbytes: int, into_cache: bool
+    ) -> None:
+        """Copy bytes between one tensor of a cache and host memory.
+
+        Parameters
+        ----------
+        call : str
+            Public name of the call.
+        cache_id, tensor_index : int
+            The tensor; it exists if the cache does.
+        offset, nbytes : int
+            Bytes of it, not negative.
+        host : int
+            Address in host memory.
+        into_cache : bool
+            From the host into the cache, or the other way.
+
+        Raises
+        ------
+        LLMException
+            LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID: the bytes do not lie inside of the tensor, or the mode's code for a
+            timeout.
+        """
+        deadline_ns = self._deadline_ns()
+        cache = self._find(call, cache_id)
+        if offset + nbytes > cache.tensor_nbytes:
+            reason = f"offset {offset} + {nbytes} bytes is out of range, tensors of cache {cache_id} have"
+            raise invalid(call, f"{reason} {cache.tensor_nbytes} bytes")
+        self._carry_out(
+            call,
+            lambda: self._copier.copy_range(cache, tensor_index, offset, host, nbytes, into_cache, deadline_ns),
+        )
+
     def _deadline_ns(self) -> int:
         return time.monotonic_ns() + self._timeout_ms * 1_000_000
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from llm_datadist.devices.base import SynchronizeLayer
 from llm_datadist.engine.caches import PoolStatistics
 from llm_datadist.engine.engine import Engine
-from llm_datadist.engine.failures import failure
+from llm_datadist.engine.failures import check_device_index, failure
 from llm_datadist.engine.geometry import TensorRange
 from llm_datadist.engine.keys import KeyName
 from llm_datadist.engine.link import ClusterAddress
@@ -243,6 +243,22 @@ class SeveralDevices:
                 cache_id, [host_addresses[index]], block_nbytes, src_blocks, dst_blocks, swap_in
             )
         )
+
+    def copy_range(
+        self,
+        call: str,
+        cache_id: int,
+        tensor_index: int,
+        device_index: int,
+        offset: int,
+        host: int,
+        nbytes: int,
+        into_cache: bool,
+    ) -> None:
+        """Copy on one of the devices; see `Engine.copy_range`."""
+        check_device_index(call, device_index, len(self._engines))
+        engine = self._engines[device_index]
+        engine.copy_range(call, cache_id, tensor_index, 0, offset, host, nbytes, into_cache)
 
     # ---- links
 
