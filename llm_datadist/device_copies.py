@@ -1,8 +1,8 @@
 """Arrays of the host into tensors of a cache, and back, wherever the cache lies.
 
-A cache on a device cannot be viewed (`llm_datadist.views`); its bytes are copied, by the device and with a deadline. The
-same calls copy memory where the cache is on the host, so that a program need not know. Tensors of torch on the CPU are
-given as ``tensor.numpy()``. Whole blocks of all tensors are copied with fewer calls by ``swap_blocks``.
+A cache on a device cannot be viewed (`llm_datadist.views`); its bytes are copied, by the device and with a deadline.
+The same calls copy memory where the cache is on the host, so that a program need not know. Tensors of torch on the CPU
+are given as ``tensor.numpy()``. Whole blocks of all tensors are copied with fewer calls by ``swap_blocks``.
 
 This module is an addition to the documented interface.
 """
@@ -52,9 +52,10 @@ def copy_to_cache(
     ValueError
         An integer is out of the range of its width.
     LLMException
-        LLM_PARAM_INVALID: an index is out of range, the bytes do not lie inside of the tensor, `array` is not contiguous,
-        or the cache is one of `create_cpu_cache`. LLM_KV_CACHE_NOT_EXIST: it was deallocated. LLM_WAIT_PROCESS_TIMEOUT,
-        in cache-manager mode LLM_TIMEOUT: not finished within sync_kv_timeout. LLM_FAILED: the device reports an error.
+        LLM_PARAM_INVALID: an index is out of range, the bytes do not lie inside of the tensor, `array` is not
+        contiguous, or the cache is one of `create_cpu_cache`. LLM_KV_CACHE_NOT_EXIST: it was deallocated.
+        LLM_WAIT_PROCESS_TIMEOUT, in cache-manager mode LLM_TIMEOUT: not finished within sync_kv_timeout. LLM_FAILED:
+        the device reports an error.
 
     Examples
     --------

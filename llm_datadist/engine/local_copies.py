@@ -178,7 +178,7 @@ class LocalCopies:
         Raises
         ------
         LLMException
-            LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID: the bytes do not lie inside of the tensor, or the mode's code for a
+            LLM_KV_CACHE_NOT_EXIST. LLM_PARAM_INVALID: the bytes do not lie inside of the tensor. The mode's code for a
             timeout.
         """
         deadline_ns = self._deadline_ns()
