@@ -18,17 +18,22 @@ from llm_datadist.status import InvalidArgument
 
 if TYPE_CHECKING:
     import sys
+    from typing import Any, Union
+
+    import numpy.typing as npt
 
     if sys.version_info >= (3, 12):
         from collections.abc import Buffer
     else:
         from typing_extensions import Buffer
 
+    HostBytes = Union[Buffer, npt.NDArray[Any]]
+
 __all__ = ["copy_from_cache", "copy_to_cache"]
 
 
 def copy_to_cache(
-    cache: KvCache | Cache, tensor_index: int, array: Buffer, *, offset: int = 0, device_index: int = 0
+    cache: KvCache | Cache, tensor_index: int, array: HostBytes, *, offset: int = 0, device_index: int = 0
 ) -> None:
     """Copy bytes of the host into a tensor of a cache. Returns when they are there.
 
@@ -76,7 +81,7 @@ def copy_to_cache(
 
 
 def copy_from_cache(
-    cache: KvCache | Cache, tensor_index: int, array: Buffer, *, offset: int = 0, device_index: int = 0
+    cache: KvCache | Cache, tensor_index: int, array: HostBytes, *, offset: int = 0, device_index: int = 0
 ) -> None:
     """Fill a buffer of the host with bytes of a tensor of a cache; takes and raises what `copy_to_cache` does.
 
@@ -94,7 +99,7 @@ def _copy(
     call: str,
     cache: KvCache | Cache,
     tensor_index: int,
-    array: Buffer,
+    array: HostBytes,
     offset: int,
     device_index: int,
     *,
@@ -114,8 +119,8 @@ def _copy(
     manager._copy_range(call, cache, tensor_index, device_index, offset, data, into_cache)
 
 
-def _bytes_of(array: Buffer, *, writable: bool) -> memoryview:
-    data = memoryview(array)
+def _bytes_of(array: HostBytes, *, writable: bool) -> memoryview:
+    data = memoryview(array)  # type: ignore[arg-type]
     if not data.c_contiguous:
         raise InvalidArgument(f"array should be C-contiguous, but its strides are {data.strides}")
     if writable and data.readonly:
