@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from llm_datadist.tools.bench.command import bench
+from llm_datadist.tools.check.command import check
 from llm_datadist.tools.cluster_file import cluster_file
 from llm_datadist.tools.demo.command import demo
 from llm_datadist.tools.demo.network.check_command import demo_check
@@ -21,6 +22,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(check)
 main.add_command(cluster_file)
 main.add_command(demo)
 main.add_command(demo_check)
