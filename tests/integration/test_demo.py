@@ -99,6 +99,21 @@ def test_tokens_are_those_of_one_process(mode: str) -> None:
         assert document["pools"][name]["peak_bytes"] > 0
 
 
+def test_tokens_are_the_same_with_caches_on_simulated_devices() -> None:
+    arguments = ("--device", "simulator", "--requests", "1", "--max-new-tokens", "4", "--json")
+    with running_demo(*arguments) as demo:
+        output, errors = demo.communicate(timeout=RUN_S)
+    assert demo.returncode == 0, errors
+    document = json.loads(output)
+    assert (document["passed"], document["device"]) == (True, "simulator")
+    (request,) = document["requests"]
+    assert request["same_logits"] is True
+    assert request["transport"] == "hccl"
+    assert request["copy_in_ms"] > 0
+    assert request["copy_out_ms"] > 0
+    assert document["pools"]["decode"]["used_bytes"] == 0
+
+
 def test_a_log_has_the_answer_the_table_and_the_verdict() -> None:
     arguments = ("--prompt", "What is the capital of France?", "--max-new-tokens", "16")
     with running_demo(*arguments) as demo:

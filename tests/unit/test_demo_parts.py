@@ -42,8 +42,8 @@ def outcome(reference: list[int], used: int, checksum: int = 99) -> Outcome:
     record = RequestRecord(
         Request(1, "Hi"),
         prompt_tokens=10,
-        prefilled=Prefilled(1, 1, 10, 8, 4, 77, started_s=5.0, prefill_s=0.25, blocks=[]),
-        pulled=Pulled(1, "slot 0", nbytes=4_000_000, pull_s=0.001, transport="shared_memory"),
+        prefilled=Prefilled(1, 1, 10, 8, 4, 77, started_s=5.0, prefill_s=0.25, copy_s=0.0, blocks=[]),
+        pulled=Pulled(1, "slot 0", nbytes=4_000_000, pull_s=0.001, copy_s=0.0, transport="shared_memory"),
         answered=Answered(1, [4, 5, 6], 99, "Hello", first_decoded_s=5.5, decode_s=0.5),
         reference=Referenced(1, reference, checksum),
     )

@@ -15,8 +15,8 @@ from llm_datadist.tools.demo.network.wire import MAX_MESSAGE_BYTES, WireError, d
 EXAMPLES = [
     messages.Prefill(2**63, [1, 2, 49_151], 48),
     messages.PrefillProgress(1, 32),
-    messages.Prefilled(1, 2**64 - 2, 44, 48, 7, 2**32 - 1, 5.5, 0.25, [3, 1, 2]),
-    messages.Pulled(1, "slot 0", 1_013_760, 0.001, "tcp"),
+    messages.Prefilled(1, 2**64 - 2, 44, 48, 7, 2**32 - 1, 5.5, 0.25, 0.125, [3, 1, 2]),
+    messages.Pulled(1, "slot 0", 1_013_760, 0.001, 0.0, "tcp"),
     messages.Decoded([(1, "He"), (2, "ünï")]),
     messages.Answered(1, [7, 8], 99, "Hello", None, 0.5),
     messages.Answered(1, [7, 8], 99, "Hello", 5.5, 0.5),
@@ -55,7 +55,7 @@ def test_a_message_comes_back_as_it_was(message: Any) -> None:
         (["Decoded", [[1]]], "Decoded.pieces"),
         (["Decoded", [[1, 2]]], "Decoded.pieces"),
         (["RequestFailed", 1, "why", 0], "RequestFailed.bad_input"),
-        (["Pulled", 1, "slot", 1, 1, "tcp"], "Pulled.pull_s is 1, should be float"),
+        (["Pulled", 1, "slot", 1, 1, 0.0, "tcp"], "Pulled.pull_s is 1, should be float"),
         (["Cancel", {"a": 1}], "not readable"),
     ],
 )

@@ -16,7 +16,8 @@ PUBLIC = sorted(info.name for info in pkgutil.iter_modules(llm_datadist.__path__
 # Modules of public names, except an enumeration without behaviour and a handle that only a transfer to a peer makes.
 SHOWN = {getattr(llm_datadist, name).__module__.partition(".")[2] for name in llm_datadist.__all__}
 SHOWN -= {"roles", "cache_task"}
-SHOWN |= {"cache_manager", "device_copies", "introspection", "layer_range", "local_copy_calls", "registration_calls", "views"}
+SHOWN |= {"cache_manager", "device_copies", "introspection", "layer_range", "local_copy_calls", "registration_calls"}
+SHOWN.add("views")
 
 
 def find_examples(module: ModuleType) -> list[doctest.DocTest]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Callable
 
 import click
 
+from llm_datadist.tools.ascend_simulator import SimulatorMissing, environment, simulator
+from llm_datadist.tools.demo.outcome import ASCEND, HOST_MEMORY, SIMULATOR
 from llm_datadist.tools.demo.prompts import choose_requests
 from llm_datadist.tools.demo.requirements import missing_requirement
 from llm_datadist.tools.registry.client_options import address
@@ -46,6 +49,11 @@ def _registry(context: click.Context, parameter: click.Parameter, value: str | N
     help="How KV is kept and pulled: one contiguous cache for each request, or paged blocks with block tables.",
 )
 @click.option(
+    "--device",
+    type=click.Choice([HOST_MEMORY, ASCEND, SIMULATOR]),
+    help="Where caches lie: in memory of the host, on devices 0 and 1, or on simulated devices.  [default: host]",
+)
+@click.option(
     "--registry",
     callback=_registry,
     metavar="TCP://HOST:PORT",
@@ -74,6 +82,7 @@ def demo(
     count: int | None,
     max_new_tokens: int,
     mode: str,
+    device: str | None,
     registry: str | None,
     min_prompts: int,
     min_decoders: int,
@@ -85,12 +94,17 @@ def demo(
     The KV cache of each request is pulled by the decode process as soon as its prefill is done. In the end the same
     model answers the same prompts in one process, and the token ids must be identical.
 
+    With --device the caches lie on two devices, and are copied to and from arrays of the host, where the model
+    computes.
+
     With --registry the work is done by services of a network (llm-datadist demo-worker), and a request whose services
     die begins again elsewhere.
 
     Exit status: 0 if they are and all KV memory was given back, 1 if not or if a process failed, 2 for bad input or a
     missing package, 130 after Ctrl-C.
     """
+    if registry is not None and device is not None:
+        raise click.UsageError("--device is for processes of this host; with --registry the workers decide")
     missing = missing_requirement()
     if missing is not None:
         click.echo(f"llm-datadist demo: {missing}", err=True)
@@ -103,14 +117,23 @@ def demo(
 
         requests = choose_requests(prompts, count)
         if registry is None:
-            return run_demo(requests, max_new_tokens, mode, screen)
+            with _on(device or HOST_MEMORY):
+                return run_demo(requests, max_new_tokens, mode, screen, device or HOST_MEMORY)
         return run_network_demo(registry, requests, max_new_tokens, mode, screen, min_prompts, min_decoders, wait)
 
     try:
         sys.exit(_run(run, as_json))
+    except SimulatorMissing as error:
+        click.echo(f"llm-datadist demo: {error}", err=True)
+        sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         click.echo("llm-datadist demo: interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _on(device: str) -> AbstractContextManager[None]:
+    """Give the environment in which the processes use that device, whatever else there is."""
+    return simulator() if device == SIMULATOR else environment({"LLM_DATADIST_DEVICE": device})
 
 
 def _run(run: Callable[[Screen], Outcome], as_json: bool) -> int:

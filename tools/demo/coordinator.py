@@ -28,7 +28,7 @@ from llm_datadist.tools.demo.messages import (
     Pulled,
     RequestFailed,
 )
-from llm_datadist.tools.demo.outcome import Outcome, RequestRecord
+from llm_datadist.tools.demo.outcome import HOST_MEMORY, Outcome, RequestRecord
 from llm_datadist.tools.demo.prefill_worker import prefill_requests
 from llm_datadist.tools.demo.prompts import Request
 from llm_datadist.tools.demo.reference_check import check_alone
@@ -38,8 +38,12 @@ from llm_datadist.tools.demo.worker import run_worker
 _STOP_S = 2.0  # for workers to close what they hold after Ctrl-C or a failure
 
 
-def run_demo(requests: Sequence[Request], max_new_tokens: int, mode: str, screen: Screen) -> Outcome:
+def run_demo(
+    requests: Sequence[Request], max_new_tokens: int, mode: str, screen: Screen, device: str = HOST_MEMORY
+) -> Outcome:
     """Answer the requests across two processes, then check them against one.
+
+    `device` is where the caches of both lie, as the environment says too: in memory of the host, or on two devices.
 
     Raises
     ------
@@ -47,7 +51,7 @@ def run_demo(requests: Sequence[Request], max_new_tokens: int, mode: str, screen
         A worker failed, died, or fell silent.
     """
     started = time.monotonic()
-    outcome = Outcome(mode, max_new_tokens, [RequestRecord(request) for request in requests])
+    outcome = Outcome(mode, max_new_tokens, [RequestRecord(request) for request in requests], device=device)
     with LocalGroup(stop_timeout_s=_STOP_S) as group, one_blas_thread():
         _Serving(group, outcome, screen).run()
         check_alone(group, outcome, screen)
@@ -63,10 +67,10 @@ class _Serving:
         self._outcome = outcome
         self._screen = screen
         self._records = {record.request.number: record for record in outcome.records}
-        self._prefill = group.start(
-            "prefill", run_worker, prefill_requests, requests, outcome.max_new_tokens, outcome.mode
-        )
-        self._decode = group.start("decode", run_worker, decode_requests, outcome.mode)
+        mode, length = outcome.mode, outcome.max_new_tokens
+        prefill_device, decode_device = (0, 0) if outcome.device == HOST_MEMORY else (0, 1)
+        self._prefill = group.start("prefill", run_worker, prefill_requests, requests, length, mode, prefill_device)
+        self._decode = group.start("decode", run_worker, decode_requests, mode, decode_device)
         self._to_prefill = len(requests)
 
     def run(self) -> None:

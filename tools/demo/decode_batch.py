@@ -127,7 +127,7 @@ class DecodeBatch:
         prefilled = candidate.prefilled
         try:
             with self._hold(prefilled.prompt_cluster):
-                kv, place, nbytes, pull_s = self._caches.pull(prefilled)
+                kv, place, nbytes, pull_s, copy_s = self._caches.pull(prefilled)
         except LLMException as error:
             early = time.monotonic() - candidate.since_s < _LINK_GRACE_S
             if error.status_code == LLMStatusCode.LLM_NOT_YET_LINK and early:
@@ -137,7 +137,7 @@ class DecodeBatch:
             return
         sequence = _Sequence(prefilled, kv, TextStream(self._tokenizer))
         self._active.append(sequence)
-        yield Pulled(prefilled.request, place, nbytes, pull_s, self._transport(prefilled.prompt_cluster))
+        yield Pulled(prefilled.request, place, nbytes, pull_s, copy_s, self._transport(prefilled.prompt_cluster))
         yield Decoded([(sequence.request, sequence.text.push(prefilled.first_token))])
         yield from self._let_go([sequence])
 

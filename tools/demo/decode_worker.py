@@ -12,12 +12,12 @@ from llm_datadist.tools.demo.messages import AllPrefilled, Listening
 from llm_datadist.tools.demo.worker import HOST, open_datadist, receive
 
 
-def decode_requests(connection: Connection, mode: str) -> None:
+def decode_requests(connection: Connection, mode: str, device_id: int) -> None:
     """Decode the requests that the parent announces, until it says that no more will come."""
     file = open_model()
     tokenizer, model = ChatTokenizer(file), SmolLM2.load(file)
     capacity = pool_bytes(model.hyperparameters, DECODE_SLOTS)
-    with open_datadist(LLMRole.DECODER, DECODER_CLUSTER, capacity) as datadist:
+    with open_datadist(LLMRole.DECODER, DECODER_CLUSTER, capacity, device_id=device_id) as datadist:
         batch = DecodeBatch(datadist, tokenizer, model, mode)
         listening = receive(connection)
         assert isinstance(listening, Listening)

@@ -1,15 +1,9 @@
-"""Shapes and sizes of the KV caches on both sides, and their tensors as arrays."""
+"""Shapes and sizes of the KV caches on both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
-
-from llm_datadist import CacheDesc, DataType, KvCache
+from llm_datadist import CacheDesc, DataType
 from llm_datadist.examples.smollm2 import Hyperparameters
-from llm_datadist.views import tensor_view
 
 PROMPT_CLUSTER = 1  # of the two processes of one host
 DECODER_CLUSTER = 2
@@ -46,8 +40,3 @@ def token_bytes(sizes: Hyperparameters) -> int:
 def pool_bytes(sizes: Hyperparameters, requests: int) -> int:
     """Bytes of a pool that holds `requests` requests of the greatest length."""
     return requests * MAX_TOKENS * token_bytes(sizes) * sizes.num_kv_tensors
-
-
-def cache_arrays(cache: KvCache) -> Sequence[npt.NDArray[np.float16]]:
-    """Return the tensors of a cache as arrays over its memory; valid while the cache is allocated."""
-    return [tensor_view(cache, index) for index in range(cache.cache_desc.num_tensors)]

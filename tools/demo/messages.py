@@ -48,6 +48,7 @@ class Prefilled:
     logits_checksum: int
     started_s: float
     prefill_s: float
+    copy_s: float  # from the host into the cache; 0 if the model computes in the cache
     blocks: list[int]  # block table in mode "blocks"; empty in mode "cache"
 
 
@@ -64,6 +65,7 @@ class Pulled:
     place: str  # where it lies now, in words
     nbytes: int
     pull_s: float
+    copy_s: float  # from the cache to the host; 0 if the model computes in the cache
     transport: str  # of the link
 
 

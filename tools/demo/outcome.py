@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from llm_datadist.tools.demo.messages import Answered, PoolLevel, Prefilled, Pulled, Referenced
 from llm_datadist.tools.demo.prompts import Request
 
+HOST_MEMORY, ASCEND, SIMULATOR = "host", "ascend", "simulator"
+
 
 @dataclass
 class RequestRecord:
@@ -65,6 +67,7 @@ class Outcome:
     records: list[RequestRecord]
     pools: dict[str, PoolLevel] = field(default_factory=dict)  # by the name of the worker
     seconds: float = 0.0
+    device: str = HOST_MEMORY  # where caches lie: host, ascend or simulator
 
     @property
     def identical(self) -> bool:

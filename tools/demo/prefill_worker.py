@@ -14,14 +14,16 @@ from llm_datadist.tools.demo.prompts import Request
 from llm_datadist.tools.demo.worker import HOST, free_port, open_datadist, receive
 
 
-def prefill_requests(connection: Connection, requests: list[Request], max_new_tokens: int, mode: str) -> None:
+def prefill_requests(
+    connection: Connection, requests: list[Request], max_new_tokens: int, mode: str, device_id: int
+) -> None:
     """Prefill all requests, and end when the decoder has answered them."""
     file = open_model()
     prompts = tokenize(ChatTokenizer(file), requests, max_new_tokens)
     model = SmolLM2.load(file)
     port = free_port()
     capacity = pool_bytes(model.hyperparameters, PROMPTS_IN_FLIGHT)
-    with open_datadist(LLMRole.PROMPT, PROMPT_CLUSTER, capacity, f"{HOST}:{port}") as datadist:
+    with open_datadist(LLMRole.PROMPT, PROMPT_CLUSTER, capacity, f"{HOST}:{port}", device_id) as datadist:
         connection.send(Listening(port, [len(token_ids) for token_ids in prompts.values()]))
         prefiller = Prefiller(model, datadist, PROMPT_CLUSTER, mode)
         for number, token_ids in prompts.items():

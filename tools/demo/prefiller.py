@@ -8,7 +8,7 @@ from typing import Callable
 
 import numpy as np
 
-from llm_datadist import LLMDataDist
+from llm_datadist import LLMDataDist, LLMException
 from llm_datadist.examples.smollm2 import SmolLM2
 from llm_datadist.introspection import pool_statistics
 from llm_datadist.tools.demo.messages import PoolLevel, Prefill, Prefilled
@@ -49,6 +49,11 @@ class Prefiller:
         started = time.monotonic()
         logits = self._model.prefill(work.token_ids, kv, report)
         prefill_s = time.monotonic() - started
+        try:
+            copy_s = self._caches.store(work.request)
+        except LLMException:
+            self._caches.drop(work.request)
+            raise
         return Prefilled(
             work.request,
             self._cluster_id,
@@ -58,6 +63,7 @@ class Prefiller:
             logits_checksum=zlib.crc32(logits.data),
             started_s=started,
             prefill_s=prefill_s,
+            copy_s=copy_s,
             blocks=self._caches.publish(work.request),
         )
 

@@ -8,7 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from llm_datadist.tools.demo.outcome import Outcome, RequestRecord
+from llm_datadist.tools.ascend_simulator import NOTICE
+from llm_datadist.tools.demo.outcome import HOST_MEMORY, SIMULATOR, Outcome, RequestRecord
 
 # Title and least width of each column. Long titles wrap, numbers never do, and the table fits a terminal of 80 columns.
 _COLUMNS = {
@@ -26,19 +27,36 @@ _COLUMNS = {
 
 def print_report(console: Console, outcome: Outcome) -> None:
     """Print the table, the level of both pools, and the verdict."""
-    table = Table(title=f"mode {outcome.mode}, {outcome.seconds:.0f} s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    where = "" if outcome.device == HOST_MEMORY else f", caches on {outcome.device}"
+    table = Table(title=f"mode {outcome.mode}{where}, {outcome.seconds:.0f} s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, width in _COLUMNS.items():
         table.add_column(column, justify="right", min_width=width)
     for record in outcome.records:
         table.add_row(*_row(record))
     console.print(table)
     console.print("First decoded token: since the start of its prefill. Same: as in one process.")
+    if outcome.device != HOST_MEMORY:
+        print_device(console, outcome)
     for name, level in sorted(outcome.pools.items(), reverse=True):
         console.print(
             f"KV pool of the {name} process: {level.used:,} bytes used at the end, {level.peak:,} at the peak, "
             f"{level.capacity:,} in all."
         )
     console.print(verdict(outcome), style="bold green" if outcome.passed else "bold red")
+
+
+def print_device(console: Console, outcome: Outcome) -> None:
+    """Print what the KV took on its way through two devices: in, over, out."""
+    prefilled = [record.prefilled for record in outcome.records if record.prefilled]
+    pulled = [record.pulled for record in outcome.records if record.pulled]
+    copied_in, copied_out = sum(each.copy_s for each in prefilled), sum(each.copy_s for each in pulled)
+    console.print(
+        f"KV of all requests: {sum(each.nbytes for each in pulled):,} bytes, {copied_in * 1e3:.1f} ms from the host to"
+        f" device 0, {sum(each.pull_s for each in pulled) * 1e3:.1f} ms over {pulled[0].transport} to device 1,"
+        f" {copied_out * 1e3:.1f} ms to the host."
+    )
+    if outcome.device == SIMULATOR:
+        console.print(NOTICE, style="bold yellow")
 
 
 def verdict(outcome: Outcome) -> str:
@@ -60,6 +78,7 @@ def as_document(outcome: Outcome) -> dict[str, Any]:
     return {
         "model": "SmolLM2-135M-Instruct",
         "mode": outcome.mode,
+        "device": outcome.device,
         "max_new_tokens": outcome.max_new_tokens,
         "requests": [_request_document(record) for record in outcome.records],
         "pools": {
@@ -106,6 +125,8 @@ def _request_document(record: RequestRecord) -> dict[str, Any]:
         "decoded_by": record.decoded_by or "decode",
         "attempts": record.attempts,
         "pull_ms": pulled.pull_s * 1e3,
+        "copy_in_ms": prefilled.copy_s * 1e3,
+        "copy_out_ms": pulled.copy_s * 1e3,
         "pull_gigabytes_per_s": record.gigabytes_per_s,
         "first_decoded_token_ms": _milliseconds(record.first_decoded_token_s),
         "tokens_per_s": record.tokens_per_s,

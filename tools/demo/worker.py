@@ -41,10 +41,12 @@ def receive(connection: Connection) -> Any:
 
 
 @contextlib.contextmanager
-def open_datadist(role: LLMRole, cluster_id: int, pool_bytes: int, listen_ip_info: str = "") -> Iterator[LLMDataDist]:
+def open_datadist(
+    role: LLMRole, cluster_id: int, pool_bytes: int, listen_ip_info: str = "", device_id: int = 0
+) -> Iterator[LLMDataDist]:
     """Give an initialised LLMDataDist with a pool of `pool_bytes`; a PROMPT needs to know where to listen."""
     config = LLMConfig()
-    config.device_id = 0
+    config.device_id = device_id
     config.mem_utilization = 1.0
     config.ge_options = {"ge.flowGraphMemMaxSize": str(pool_bytes)}
     if listen_ip_info:
