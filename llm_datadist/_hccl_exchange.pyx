@@ -15,7 +15,8 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
 from llm_datadist._acl cimport (
-    ACL_COPY_ALIGNMENT, ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, ACL_MEMCPY_DEVICE_TO_DEVICE,
+    ACL_COPY_ALIGNMENT, ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+    ACL_ERROR_RT_WAIT_TIMEOUT, ACL_MEMCPY_DEVICE_TO_DEVICE,
     ACL_MEMCPY_DEVICE_TO_HOST, ACL_MEMCPY_HOST_TO_DEVICE, ACL_SLICE_MS, ACL_SUCCESS, Device, DeviceMemory, Event,
     Scope, Stream, aclError, failure_error, is_device_memory, note_failure,
 )
@@ -447,7 +448,8 @@ cdef class Exchange:
     cdef Outcome _failed(self, const char *function, int code) noexcept nogil:
         self._of_hccl = False
         note_failure(&self._failure, function, code)
-        return DEVICE_FAILED
+        # HCCL has given up earlier than this transfer: the peer has not posted its part.
+        return TIMED_OUT if code == ACL_ERROR_RT_WAIT_TIMEOUT else DEVICE_FAILED
 
     cdef Outcome _hccl_failed(self, const char *function, int code) noexcept nogil:
         self._of_hccl = True

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing import forkserver
 
 import pytest
 
 from tests.pair import Pair, start_pair
 from tests.processes import Member
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Have the process that forks others running before a test looks at what it leaves behind; it stays to the end."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture(params=["shared_memory", "tcp"])
