@@ -25,11 +25,6 @@ MODULES = [
     "_dlpack",
     "_shared_library",
     "_acl",
-    "_hccl",
-    "_ascend_lane",
-    "_ascend_copies",
-    "_hccl_exchange",
-    "_hccl_end",
 ]
 
 extensions = [

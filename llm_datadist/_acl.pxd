@@ -1,10 +1,9 @@
 # The ACL runtime of Ascend devices: its functions, found in the installed library when an Ascend device is first asked
 # for, and owners of what they give out.
 #
-# Rules for who uses this. The device must be current on the calling thread (`Device.enter`, then `leave`) around
-# every call of a function here and every `cdef` method of Stream and Event; methods that Python sees do it
-# themselves. No call may hold the interpreter lock. Nothing waits without a limit: `Stream.wait` and `Event.wait`
-# follow a gate.
+# Rules for who uses this. The device must be current on the calling thread (`Device.enter`, then `leave`) around every
+# call of a function here and every `cdef` method of Stream and Event; methods that Python sees do it themselves. No call
+# may hold the interpreter lock. Nothing waits without a limit: `Stream.wait` and `Event.wait` follow a gate.
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
@@ -29,7 +28,6 @@ cdef enum:                                # return codes that decisions are made
     ACL_ERROR_INVALID_PARAM = 100000
     ACL_ERROR_REPEAT_INITIALIZE = 100002
     ACL_ERROR_RT_CONTEXT_NULL = 107002
-    ACL_ERROR_RT_WAIT_TIMEOUT = 107019
     ACL_ERROR_RT_STREAM_ABORT = 107023
     ACL_ERROR_RT_MEMORY_ALLOCATION = 207001
     ACL_ERROR_RT_STREAM_SYNC_TIMEOUT = 507046
@@ -99,6 +97,7 @@ cdef struct AclFunctions:
     aclError (*aclrtCreateEventWithFlag)(aclrtEvent *, uint32_t) noexcept nogil
     aclError (*aclrtDestroyEvent)(aclrtEvent) noexcept nogil
     aclError (*aclrtRecordEvent)(aclrtEvent, aclrtStream) noexcept nogil
+    aclError (*aclrtResetEvent)(aclrtEvent, aclrtStream) noexcept nogil
     aclError (*aclrtQueryEventStatus)(aclrtEvent, int32_t *) noexcept nogil
     aclError (*aclrtSynchronizeEventWithTimeout)(aclrtEvent, int32_t) noexcept nogil
     # memory
@@ -153,7 +152,6 @@ cdef class Device:
     cdef aclrtContext _context            # the default one of the device, shared with others of this process
     cdef bint _open
     cdef bint _closing
-    cdef bint lost                        # tasks could not be ended: memory that they may touch is never given back
     cdef uint64_t _users                  # handles that must be given back before the device is
 
     # Makes the device current on this thread. `leave` must follow, unless it failed.
@@ -161,7 +159,6 @@ cdef class Device:
     # Makes current what was so before; a thread that had nothing keeps the device.
     cdef void leave(self, Scope *scope) noexcept nogil
     cdef int _hold(self) except -1
-    cdef int _keep(self) except -1
     cdef void _drop(self) noexcept
     cdef void _give_back(self) noexcept
     cdef int _find_physical_id(self) except? -1
@@ -185,9 +182,8 @@ cdef class Stream:
     cdef aclrtStream handle
     cdef bint aborted
 
-    # Until everything on the stream has taken effect: 0, or the first error of its tasks.
-    # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT when the gate is stopped or late: then tasks may still write, until `abort` has
-    # returned 0.
+    # Until everything on the stream has taken effect: 0, or the first error of its tasks. ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
+    # when the gate is stopped or late: then tasks may still write, until `abort` has returned 0.
     cdef aclError wait(self, const Gate *gate) noexcept nogil
     # 0: no task of the stream touches memory from now on. The stream is of no more use; it can only be closed.
     cdef aclError abort(self) noexcept nogil
@@ -206,7 +202,7 @@ cdef class Event:
     # As of a stream, with ACL_ERROR_RT_EVENT_SYNC_TIMEOUT.
     cdef aclError wait(self, const Gate *gate) noexcept nogil
     cdef aclError query(self, bint *complete) noexcept nogil
-    cdef aclError _renew(self) noexcept nogil
+    cdef aclError _reset(self, Stream stream) noexcept nogil
     cdef void _destroy(self, AclFailure *failure) noexcept
 
 

@@ -1,11 +1,10 @@
 """The ACL runtime of Ascend devices: its functions, and owners of devices, memory, streams and events.
 
-The vendor's library is looked for when an Ascend device is first asked for. Every handle is given back exactly once,
-with its device current, from whatever thread drops it; the device itself goes when its last handle is gone.
+The vendor's library is looked for when an Ascend device is first asked for. Every handle is given back exactly once, with
+its device current, from whatever thread drops it; the device itself goes when its last handle is gone.
 
-Whose device is current belongs to the thread, and other libraries of the process depend on it. So everything here
-leaves it as it was, and a device is opened and given back on a thread of its own, since the vendor ties both to the
-calling one.
+Whose device is current belongs to the thread, and other libraries of the process depend on it. So everything here leaves
+it as it was, and a device is opened and given back on a thread of its own, since the vendor ties both to the calling one.
 """
 
 import os
@@ -13,7 +12,7 @@ import threading
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset, strncpy
 
 from llm_datadist._atomics cimport compare_exchange, monotonic_ns, relax, store_release
@@ -22,7 +21,7 @@ from llm_datadist._segment cimport Memory
 from llm_datadist._shared_library cimport SharedLibrary
 
 from llm_datadist._segment import HUGE_PAGE
-from llm_datadist._shared_library import LibraryMissing, VendorError
+from llm_datadist._shared_library import LibraryMissing
 
 cdef extern from "pthread.h" nogil:
     ctypedef unsigned long pthread_t
@@ -45,7 +44,7 @@ _OUR_TEXTS = {
 }
 
 
-class AclError(VendorError):
+class AclError(Exception):
     """A function of the ACL runtime failed.
 
     Attributes
@@ -162,6 +161,7 @@ cdef int _find_task_functions(SharedLibrary library, AclFunctions *f) except -1:
     library.require("aclrtCreateEventWithFlag", <void **>&f.aclrtCreateEventWithFlag)
     library.require("aclrtDestroyEvent", <void **>&f.aclrtDestroyEvent)
     library.require("aclrtRecordEvent", <void **>&f.aclrtRecordEvent)
+    library.accept("aclrtResetEvent", <void **>&f.aclrtResetEvent)
     library.require("aclrtQueryEventStatus", <void **>&f.aclrtQueryEventStatus)
     library.require("aclrtSynchronizeEventWithTimeout", <void **>&f.aclrtSynchronizeEventWithTimeout)
     return 0
@@ -414,16 +414,9 @@ cdef class Device:
                 _forget_text()  # its owner closed it
 
     cdef int _hold(self) except -1:
-        """Let a new handle keep the device open."""
-        if self._closing:
-            raise acl_error("aclrtSetCurrentContext", ACL_CLOSED)
-        return self._keep()
-
-    cdef int _keep(self) except -1:
-        """Keep the device open during a call."""
         if _forked:
             raise acl_error("aclrtSetCurrentContext", ACL_FORKED_CHILD)
-        if not self._open:
+        if not self._open or self._closing:
             raise acl_error("aclrtSetCurrentContext", ACL_CLOSED)
         self._users += 1
         return 0
@@ -457,7 +450,7 @@ cdef class Device:
         cdef Scope scope
         cdef size_t free = 0
         cdef size_t total = 0
-        self._keep()
+        self._hold()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -467,16 +460,6 @@ cdef class Device:
         if failure.code != ACL_SUCCESS:
             raise failure_error(&failure)
         return free, total
-
-    def holds(self, uint64_t address):
-        """Whether an address is one of a device, this one or another."""
-        cdef Scope scope
-        cdef bint found = False
-        with nogil:
-            if self.enter(&scope) == ACL_SUCCESS:
-                found = is_device_memory(address)
-                self.leave(&scope)
-        return found
 
     @property
     def simulator(self):
@@ -502,7 +485,7 @@ cdef class _Current:
         self._device = device
 
     def __enter__(self):
-        self._device._keep()
+        self._device._hold()
         cdef aclError code = self._device.enter(&self._scope)
         if code != ACL_SUCCESS:
             error = acl_error("aclrtSetCurrentContext", code)
@@ -526,7 +509,6 @@ cdef enum:
     MOST_RANGES = 1024
 
 cdef Range _ranges[MOST_RANGES]
-cdef int _num_ranges = 0  # behind it nothing was ever written
 cdef uint64_t _ranges_lock = 0
 
 
@@ -541,7 +523,6 @@ cdef bint _remember_range(uint64_t begin, uint64_t end) noexcept nogil:
 
 
 cdef bint _exchange_range(uint64_t old, uint64_t old_end, uint64_t begin, uint64_t end) noexcept nogil:
-    global _num_ranges
     cdef bint found = False
     cdef int i
     _lock_ranges()
@@ -549,7 +530,6 @@ cdef bint _exchange_range(uint64_t old, uint64_t old_end, uint64_t begin, uint64
         if _ranges[i].begin == old and _ranges[i].end == old_end:
             _ranges[i].begin = begin
             _ranges[i].end = end
-            _num_ranges = max(_num_ranges, i + 1)
             found = True
             break
     store_release(&_ranges_lock, 0)
@@ -560,7 +540,7 @@ cdef bint _is_in_ranges(uint64_t address) noexcept nogil:
     cdef bint found = False
     cdef int i
     _lock_ranges()
-    for i in range(_num_ranges):
+    for i in range(MOST_RANGES):
         if _ranges[i].begin <= address < _ranges[i].end:
             found = True
             break
@@ -579,10 +559,8 @@ cdef int _location(uint64_t address) noexcept nogil:
 
 
 cdef bint is_device_memory(uint64_t address) noexcept nogil:
-    if _is_in_ranges(address):
-        return True  # most that is asked for, and sooner than the runtime tells
     if _functions.aclrtPointerGetAttributes == NULL:
-        return False
+        return _is_in_ranges(address)
     return _location(address) == ACL_MEM_LOCATION_TYPE_DEVICE
 
 
@@ -600,8 +578,8 @@ cdef bint is_pinned_memory(uint64_t address, uint64_t nbytes) noexcept nogil:
 cdef class DeviceMemory(Memory):
     """Memory of a device, large and meant to be reached by other devices: a pool.
 
-    It begins at a boundary of 2 MiB and has whole pages of 2 MiB, since it is shared with other processes by pages.
-    What it holds at first is not defined.
+    It begins at a boundary of 2 MiB and has whole pages of 2 MiB, since it is shared with other processes by pages. What
+    it holds at first is not defined.
 
     Parameters
     ----------
@@ -648,7 +626,7 @@ cdef class DeviceMemory(Memory):
         cdef Scope scope
         cdef void *block = self._block
         failure.code = ACL_SUCCESS
-        if block == NULL or _forked or device.lost:
+        if block == NULL or _forked:
             return
         _exchange_range(self.base, self.base + self.size, 0, 0)
         self._block = NULL
@@ -754,7 +732,7 @@ cdef class PinnedMemory(Memory):
         cdef Scope scope
         cdef void *block = <void *>self.base
         failure.code = ACL_SUCCESS
-        if block == NULL or _forked or device.lost:
+        if block == NULL or _forked:
             return
         self.base = 0
         with nogil:
@@ -890,7 +868,7 @@ cdef class Stream:
         cdef AclFailure failure
         cdef Scope scope
         cdef Gate gate = _until(deadline_ns)
-        self.device._keep()
+        self.device._hold()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -899,31 +877,6 @@ cdef class Stream:
         self.device._drop()
         if failure.code != ACL_SUCCESS:
             raise failure_error(&failure)
-
-    def cancel(self):
-        """Drop all tasks; when this returns, none of them writes any more. The stream can only be closed then.
-
-        Raises
-        ------
-        AclError
-            The runtime cannot: what the tasks write to must stay as it is.
-        """
-        cdef AclFailure failure
-        cdef Scope scope
-        self.device._keep()
-        with nogil:
-            note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
-            if failure.code == ACL_SUCCESS:
-                note_failure(&failure, "aclrtStreamAbort", self.abort())
-                self.device.leave(&scope)
-        self.device._drop()
-        if failure.code != ACL_SUCCESS:
-            raise failure_error(&failure)
-
-    @property
-    def pointer(self):
-        """The runtime's handle as a number, for other libraries of the process; 0 when closed."""
-        return <uint64_t>self.handle
 
     def close(self):
         """Destroy the stream; tasks that are left are dropped. May be called twice.
@@ -1007,7 +960,7 @@ cdef class Event:
         if self.handle == NULL or stream.handle == NULL:
             return ACL_CLOSED
         if self._recorded and not self.reusable:
-            code = self._renew()
+            code = self._reset(stream)
             if code != ACL_SUCCESS:
                 return code
         code = self.device.acl.aclrtRecordEvent(self.handle, stream.handle)
@@ -1015,17 +968,17 @@ cdef class Event:
             self._recorded = True
         return code
 
-    cdef aclError _renew(self) noexcept nogil:
-        """Put a new event in the place of one of the older kind, which goes on to count as complete until it is reset.
-
-        The reset would be a task of the stream: until that runs, who waits here would be let through by the last record.
-        """
+    cdef aclError _reset(self, Stream stream) noexcept nogil:
+        """Make an event of the older kind as good as new: behind what is on the stream, or by another one."""
         cdef AclFailure failure
-        cdef aclrtEvent new = _new_event(self.device.acl, &failure)
+        cdef aclrtEvent old = self.handle
+        if self.device.acl.aclrtResetEvent != NULL:
+            return self.device.acl.aclrtResetEvent(self.handle, stream.handle)
+        self.handle = _new_event(self.device.acl, &failure)
         if failure.code != ACL_SUCCESS:
+            self.handle = old
             return failure.code
-        new, self.handle = self.handle, new
-        return self.device.acl.aclrtDestroyEvent(new)  # the old one; streams that wait for it keep what they need
+        return self.device.acl.aclrtDestroyEvent(old)  # it may be destroyed before it is complete
 
     cdef aclError make_wait(self, Stream stream) noexcept nogil:
         if _forked:
@@ -1082,7 +1035,7 @@ cdef class Event:
         """Record the event behind what is on a stream now."""
         cdef AclFailure failure
         cdef Scope scope
-        self.device._keep()
+        self.device._hold()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -1096,7 +1049,7 @@ cdef class Event:
         """Let what comes next on a stream wait for the event."""
         cdef AclFailure failure
         cdef Scope scope
-        self.device._keep()
+        self.device._hold()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -1117,7 +1070,7 @@ cdef class Event:
         cdef AclFailure failure
         cdef Scope scope
         cdef Gate gate = _until(deadline_ns)
-        self.device._keep()
+        self.device._hold()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:
@@ -1133,7 +1086,7 @@ cdef class Event:
         cdef AclFailure failure
         cdef Scope scope
         cdef bint complete = False
-        self.device._keep()
+        self.device._hold()
         with nogil:
             note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
             if failure.code == ACL_SUCCESS:

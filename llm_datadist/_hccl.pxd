@@ -1,5 +1,5 @@
-# HCCL, the communication between Ascend devices: its functions, found when the first link over it is made, and the
-# owner of a communicator of two ranks.
+# HCCL, the communication between Ascend devices: its functions, found when the first link over it is made, and the owner
+# of a communicator of two ranks.
 #
 # The device of a communicator must be current on the calling thread around every function here; no call may hold the
 # interpreter lock. The first HcclSend, HcclRecv or HcclBatchSendRecv of a pair waits inside the call for the other end.
@@ -59,13 +59,9 @@ cdef enum:
     # Of ours, outside of the vendor's numbers:
     HCCL_CLOSED = -2
 
-cdef inline uint64_t hccl_most_bytes() noexcept nogil:
-    """Most elements of one send or receive, which are bytes here."""
-    return 0x7FFFFFFFF
+cdef uint64_t HCCL_MOST_BYTES = 0x7FFFFFFFF   # of one send or receive, as a count of bytes
 
-
-# Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is
-# optional.
+# Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is optional.
 cdef struct HcclFunctions:
     # communicators
     HcclResult (*HcclGetRootInfo)(HcclRootInfo *) noexcept nogil
@@ -107,9 +103,4 @@ cdef class Communicator:
     cdef readonly Device device
     cdef readonly int rank
     cdef readonly str name
-    cdef readonly object failure          # why `destroy` did not succeed: an HcclError; else None
     cdef HcclComm handle                  # NULL once destroyed
-    cdef HcclFunctions *hccl
-
-    cdef int _create(self, const HcclRootInfo *info, const HcclCommConfig *config, AclFailure *failure) except -1
-    cdef bint _destroy(self, uint64_t deadline_ns) noexcept

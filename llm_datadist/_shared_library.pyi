@@ -1,10 +1,10 @@
-class VendorError(Exception): ...
-
-class LibraryMissing(VendorError):
+class LibraryMissing(Exception):
     names: tuple[str, ...]
     attempts: tuple[str, ...]
     symbol: str | None
-    def __init__(self, names: tuple[str, ...], attempts: tuple[str, ...] = (), symbol: str | None = None) -> None: ...
+    def __init__(
+        self, names: tuple[str, ...], attempts: tuple[str, ...] = (), symbol: str | None = None
+    ) -> None: ...
 
 class SharedLibrary:
     @property

@@ -30,11 +30,7 @@ ROOT_VARIABLE = "ASCEND_HOME_PATH"
 DEFAULT_ROOTS = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")
 
 
-class VendorError(Exception):
-    """Something of the device's vendor is missing or failed; the kinds of it say what."""
-
-
-class LibraryMissing(VendorError):
+class LibraryMissing(Exception):
     """A library of the vendor, or a function that is needed of it, is not on this machine.
 
     Attributes
