@@ -25,6 +25,9 @@ MODULES = [
     "_dlpack",
     "_shared_library",
     "_acl",
+    "_hccl",
+    "_ascend_lane",
+    "_ascend_copies",
 ]
 
 extensions = [

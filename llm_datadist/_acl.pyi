@@ -3,6 +3,7 @@ from types import TracebackType
 
 from llm_datadist._segment import Memory
 from llm_datadist._shared_library import LibraryMissing as LibraryMissing
+from llm_datadist._shared_library import VendorError
 
 if sys.version_info >= (3, 12):
     from collections.abc import Buffer
@@ -13,7 +14,7 @@ LIBRARIES: tuple[str, ...]
 VARIABLE: str
 VISIBLE_DEVICES: str
 
-class AclError(Exception):
+class AclError(VendorError):
     function: str
     code: int
     text: str

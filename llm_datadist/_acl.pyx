@@ -21,7 +21,7 @@ from llm_datadist._segment cimport Memory
 from llm_datadist._shared_library cimport SharedLibrary
 
 from llm_datadist._segment import HUGE_PAGE
-from llm_datadist._shared_library import LibraryMissing
+from llm_datadist._shared_library import LibraryMissing, VendorError
 
 cdef extern from "pthread.h" nogil:
     ctypedef unsigned long pthread_t
@@ -44,7 +44,7 @@ _OUR_TEXTS = {
 }
 
 
-class AclError(Exception):
+class AclError(VendorError):
     """A function of the ACL runtime failed.
 
     Attributes
@@ -509,6 +509,7 @@ cdef enum:
     MOST_RANGES = 1024
 
 cdef Range _ranges[MOST_RANGES]
+cdef int _num_ranges = 0  # behind it nothing was ever written
 cdef uint64_t _ranges_lock = 0
 
 
@@ -523,6 +524,7 @@ cdef bint _remember_range(uint64_t begin, uint64_t end) noexcept nogil:
 
 
 cdef bint _exchange_range(uint64_t old, uint64_t old_end, uint64_t begin, uint64_t end) noexcept nogil:
+    global _num_ranges
     cdef bint found = False
     cdef int i
     _lock_ranges()
@@ -530,6 +532,7 @@ cdef bint _exchange_range(uint64_t old, uint64_t old_end, uint64_t begin, uint64
         if _ranges[i].begin == old and _ranges[i].end == old_end:
             _ranges[i].begin = begin
             _ranges[i].end = end
+            _num_ranges = max(_num_ranges, i + 1)
             found = True
             break
     store_release(&_ranges_lock, 0)
@@ -540,7 +543,7 @@ cdef bint _is_in_ranges(uint64_t address) noexcept nogil:
     cdef bint found = False
     cdef int i
     _lock_ranges()
-    for i in range(MOST_RANGES):
+    for i in range(_num_ranges):
         if _ranges[i].begin <= address < _ranges[i].end:
             found = True
             break
@@ -559,8 +562,10 @@ cdef int _location(uint64_t address) noexcept nogil:
 
 
 cdef bint is_device_memory(uint64_t address) noexcept nogil:
+    if _is_in_ranges(address):
+        return True  # most that is asked for, and sooner than the runtime tells
     if _functions.aclrtPointerGetAttributes == NULL:
-        return _is_in_ranges(address)
+        return False
     return _location(address) == ACL_MEM_LOCATION_TYPE_DEVICE
 
 

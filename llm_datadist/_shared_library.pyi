@@ -1,10 +1,10 @@
-class LibraryMissing(Exception):
+class VendorError(Exception): ...
+
+class LibraryMissing(VendorError):
     names: tuple[str, ...]
     attempts: tuple[str, ...]
     symbol: str | None
-    def __init__(
-        self, names: tuple[str, ...], attempts: tuple[str, ...] = (), symbol: str | None = None
-    ) -> None: ...
+    def __init__(self, names: tuple[str, ...], attempts: tuple[str, ...] = (), symbol: str | None = None) -> None: ...
 
 class SharedLibrary:
     @property

@@ -30,7 +30,11 @@ ROOT_VARIABLE = "ASCEND_HOME_PATH"
 DEFAULT_ROOTS = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")
 
 
-class LibraryMissing(Exception):
+class VendorError(Exception):
+    """Something of the device's vendor is missing or failed; the kinds of it say what."""
+
+
+class LibraryMissing(VendorError):
     """A library of the vendor, or a function that is needed of it, is not on this machine.
 
     Attributes
