@@ -26,7 +26,7 @@ for _ in range(2):  # the outcome is kept
 
 
 def required_names() -> list[str]:
-    texts = [(ROOT / "llm_datadist" / f"{module}.pyx").read_text() for module in ("_acl", "_hccl")]
+    texts = [(ROOT / "llm_datadist" / f"{module}.pyx").read_text() for module in ("_acl_runtime", "_hccl")]
     return re.findall(r'\.require\("(\w+)"', "".join(texts))
 
 
