@@ -25,6 +25,7 @@ MODULES = [
     "_dlpack",
     "_shared_library",
     "_acl_runtime",
+    "_acl_addresses",
     "_acl_device",
     "_acl_memory",
     "_acl_stream",

@@ -5,8 +5,9 @@
 # call of a function here and every `cdef` method of Stream and Event; methods that Python sees do it themselves. No call
 # may hold the interpreter lock. Nothing waits without a limit: `Stream.wait` and `Event.wait` follow a gate.
 
+from llm_datadist._acl_addresses cimport is_device_memory, is_pinned_memory
 from llm_datadist._acl_device cimport Device, Scope
-from llm_datadist._acl_memory cimport DeviceMemory, PinnedMemory, is_device_memory, is_pinned_memory
+from llm_datadist._acl_memory cimport DeviceMemory, PinnedMemory
 from llm_datadist._acl_runtime cimport (
     ACL_CLOSED, ACL_COPY_ALIGNMENT, ACL_ERROR_INVALID_PARAM, ACL_ERROR_REPEAT_INITIALIZE, ACL_ERROR_RT_CONTEXT_NULL,
     ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, ACL_ERROR_RT_MEMORY_ALLOCATION, ACL_ERROR_RT_STREAM_ABORT,

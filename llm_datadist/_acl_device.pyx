@@ -8,8 +8,9 @@ calling one.
 import os
 
 cimport cython
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint64_t
 
+from llm_datadist._acl_addresses cimport is_device_memory
 from llm_datadist._acl_runtime cimport (
     ACL_CLOSED, ACL_FORKED_CHILD, ACL_HBM_MEM, ACL_SUCCESS, AclFailure, AclFunctions, acl_error, acl_functions,
     aclError, aclrtContext, failure_error, forget_text, in_forked_child, note_failure, visible_devices_error,
@@ -202,6 +203,16 @@ cdef class Device:
         if failure.code != ACL_SUCCESS:
             raise failure_error(&failure)
         return free, total
+
+    def holds(self, uint64_t address):
+        """Tell whether an address is one of a device, this one or another."""
+        cdef Scope scope
+        cdef bint found = False
+        with nogil:
+            if self.enter(&scope) == ACL_SUCCESS:
+                found = is_device_memory(address)
+                self.leave(&scope)
+        return found
 
     @property
     def simulator(self):

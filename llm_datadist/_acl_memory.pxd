@@ -16,9 +16,3 @@ cdef class PinnedMemory(Memory):
     cdef Py_ssize_t _exports
     cdef bint _closed
     cdef void _free(self, AclFailure *failure) noexcept
-
-
-# Whether an address belongs to a device; the device must be entered.
-cdef bint is_device_memory(uint64_t address) noexcept nogil
-# Whether a range of the host is pinned, so that copies from and to it run by themselves; the device must be entered.
-cdef bint is_pinned_memory(uint64_t address, uint64_t nbytes) noexcept nogil

@@ -3,103 +3,19 @@
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int32_t, uint64_t
-from libc.string cimport memset
 
+from llm_datadist._acl_addresses cimport MOST_RANGES, forget_range, remember_range
 from llm_datadist._acl_device cimport Device, Scope
 from llm_datadist._acl_runtime cimport (
-    ACL_MEM_LOCATION_TYPE_DEVICE, ACL_MEM_LOCATION_TYPE_HOST, ACL_MEM_MALLOC_HUGE_FIRST, ACL_MEM_MALLOC_HUGE_FIRST_P2P,
-    ACL_SUCCESS, AclFailure, AclFunctions, aclrtPtrAttributes, failure_error, forget_text, functions_in_use,
+    ACL_MEM_MALLOC_HUGE_FIRST, ACL_MEM_MALLOC_HUGE_FIRST_P2P, ACL_SUCCESS, AclFailure, AclFunctions, failure_error,
     in_forked_child, note_failure,
 )
-from llm_datadist._atomics cimport compare_exchange, relax, store_release
 from llm_datadist._segment cimport Memory
 
 from llm_datadist._segment import HUGE_PAGE
 
 cdef uint64_t PAGE = HUGE_PAGE
 
-
-# ---- what an address belongs to
-
-# The ranges that this library has taken on devices, for releases that cannot tell what an address belongs to.
-cdef struct Range:
-    uint64_t begin
-    uint64_t end
-
-cdef enum:
-    MOST_RANGES = 1024
-
-cdef Range _ranges[MOST_RANGES]
-cdef int _num_ranges = 0  # behind it nothing was ever written
-cdef uint64_t _ranges_lock = 0
-
-
-cdef void _lock_ranges() noexcept nogil:
-    while not compare_exchange(&_ranges_lock, 0, 1):
-        relax()
-
-
-cdef bint _remember_range(uint64_t begin, uint64_t end) noexcept nogil:
-    """Replace nothing by a range; False if there are too many."""
-    return _exchange_range(0, 0, begin, end)
-
-
-cdef bint _exchange_range(uint64_t old, uint64_t old_end, uint64_t begin, uint64_t end) noexcept nogil:
-    global _num_ranges
-    cdef bint found = False
-    cdef int i
-    _lock_ranges()
-    for i in range(MOST_RANGES):
-        if _ranges[i].begin == old and _ranges[i].end == old_end:
-            _ranges[i].begin = begin
-            _ranges[i].end = end
-            _num_ranges = max(_num_ranges, i + 1)
-            found = True
-            break
-    store_release(&_ranges_lock, 0)
-    return found
-
-
-cdef bint _is_in_ranges(uint64_t address) noexcept nogil:
-    cdef bint found = False
-    cdef int i
-    _lock_ranges()
-    for i in range(_num_ranges):
-        if _ranges[i].begin <= address < _ranges[i].end:
-            found = True
-            break
-    store_release(&_ranges_lock, 0)
-    return found
-
-
-cdef int _location(uint64_t address) noexcept nogil:
-    """Give the type of a location, or -1 if the runtime does not tell."""
-    cdef aclrtPtrAttributes attributes
-    memset(&attributes, 0, sizeof(attributes))
-    if functions_in_use().aclrtPointerGetAttributes(<const void *>address, &attributes) != ACL_SUCCESS:
-        forget_text()
-        return -1
-    return attributes.location.type
-
-
-cdef bint is_device_memory(uint64_t address) noexcept nogil:
-    if _is_in_ranges(address):
-        return True  # most that is asked for, and sooner than the runtime tells
-    if functions_in_use().aclrtPointerGetAttributes == NULL:
-        return False
-    return _location(address) == ACL_MEM_LOCATION_TYPE_DEVICE
-
-
-cdef bint is_pinned_memory(uint64_t address, uint64_t nbytes) noexcept nogil:
-    if functions_in_use().aclrtPointerGetAttributes == NULL or nbytes == 0:
-        return False
-    return (
-        _location(address) == ACL_MEM_LOCATION_TYPE_HOST
-        and _location(address + nbytes - 1) == ACL_MEM_LOCATION_TYPE_HOST
-    )
-
-
-# ---- memory
 
 @cython.final
 @cython.no_gc_clear
@@ -145,7 +61,7 @@ cdef class DeviceMemory(Memory):
         self.base = (<uint64_t>self._block + PAGE - 1) // PAGE * PAGE
         self.size = size
         self.writable = True
-        if not _remember_range(self.base, self.base + size) and device.acl.aclrtPointerGetAttributes == NULL:
+        if not remember_range(self.base, self.base + size) and device.acl.aclrtPointerGetAttributes == NULL:
             self._free(&failure)
             raise MemoryError(f"more than {MOST_RANGES} pieces of device memory in one process")
 
@@ -156,7 +72,7 @@ cdef class DeviceMemory(Memory):
         failure.code = ACL_SUCCESS
         if block == NULL or in_forked_child() or device.lost:
             return
-        _exchange_range(self.base, self.base + self.size, 0, 0)
+        forget_range(self.base, self.base + self.size)
         self._block = NULL
         self.base = 0
         with nogil:
