@@ -43,13 +43,13 @@ class Rig:
 @on_simulator()
 def test_a_wait_ends_at_its_deadline_and_a_later_one_succeeds() -> None:
     rig = Rig()
-    set_knob("MIN_DELAY_US", 400_000)
+    set_knob("MIN_DELAY_US", 1_000_000)
     rig.enqueue()
     begin = time.monotonic()
     with pytest.raises(AclError) as late:
         rig.stream.synchronise(soon(0.05))
     assert late.value.code == SYNC_TIMEOUT
-    assert 0.04 < time.monotonic() - begin < 0.3
+    assert 0.04 < time.monotonic() - begin < 0.9
     with pytest.raises(AclError) as at_once:
         rig.stream.synchronise(0)
     assert at_once.value.code == SYNC_TIMEOUT
@@ -79,6 +79,7 @@ def test_after_an_abort_nothing_moves_and_a_new_stream_works() -> None:
     with pytest.raises(AclError):
         rig.stream.synchronise(soon(0.02))
     rig.stream.cancel()
+    set_knob("FAULTS", "")
     rig.stream.close()
     assert counter("calls.aclrtDestroyStreamForce") == 1
     rig.stream = Stream(rig.device)
@@ -111,7 +112,7 @@ def stream_after_stream(newer: bool) -> None:
     for step in (lambda: event.hold_up(second), lambda: event.synchronise(soon()), lambda: event.complete):
         with pytest.raises(AclError, match="never recorded"):
             step()
-    for delay_us in (30_000, 0):  # an event serves again and again
+    for delay_us in (300_000, 0):  # an event serves again and again
         set_knob("MIN_DELAY_US", delay_us)
         rig.enqueue()
         event.mark(rig.stream)

@@ -208,7 +208,7 @@ def test_a_deadline_ends_the_copy_before_its_memory_may_be_reused() -> None:
         begin = time.monotonic()
         for swap_in in (True, False):
             set_knob("FAULTS", "exec.copy#2=hang")
-            outcome = it.copier.swap_blocks(it.cache, addresses, pairs, 1 * MIB, swap_in, soon(0.1))
+            outcome = it.copier.swap_blocks(it.cache, addresses, pairs, 1 * MIB, swap_in, soon(0.5))
             assert outcome == LocalOutcome.TIMED_OUT
             assert not it.cache.pinned
         assert time.monotonic() - begin < 5.0
@@ -243,12 +243,12 @@ def test_an_error_of_the_device_is_told_and_the_next_copy_works() -> None:
 @on_simulator()
 def test_what_cannot_be_aborted_stays_taken() -> None:
     made = Rig(4096)
-    set_knob("FAULTS", "exec.copy=delay(300);aclrtStreamAbort=code(507899)")
+    set_knob("FAULTS", "exec.copy=delay(2000);aclrtStreamAbort=code(507899)")
     outcome = made.copier.copy_blocks(made.cache, block_pairs([0], [1]), soon(0.02))
     assert outcome == LocalOutcome.TIMED_OUT
     assert made.cache.pinned, "its memory must not be given to another cache"
     set_knob("FAULTS", "")
-    assert made.copier.copy_blocks(made.cache, block_pairs([0], [1]), soon()) == LocalOutcome.DONE
+    assert made.copier.copy_blocks(made.cache, block_pairs([2], [3]), soon()) == LocalOutcome.DONE
     assert made.copier.close(soon())
     made.memory.close()
     made.device.close()
@@ -288,7 +288,7 @@ def test_copies_run_beside_each_other_and_share_the_lanes() -> None:
         for thread in threads:
             thread.join()
         assert outcomes == [LocalOutcome.DONE] * (3 * BLOCKS)
-        assert before <= counter("live.streams") == MOST_LANES
+        assert before < counter("live.streams") <= MOST_LANES
 
 
 @on_simulator()

@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 @on_simulator()
 def test_a_pool_is_read_and_written_by_copies() -> None:
-    device = Device(0)
+    device, watcher = Device(0), Device(0)
     pool = AscendPool(device, 5 * MIB)
     assert pool.segment.address == pool.address
     assert (pool.capacity, pool.segment.size) == (5 * MIB, 6 * MIB)
@@ -29,15 +29,15 @@ def test_a_pool_is_read_and_written_by_copies() -> None:
     assert pool.read(pool.address + 5, 10) == b"some bytes"
     assert memory_figures(device).free == memory_figures(device).total - 6 * MIB
     with pytest.raises(LLMException, match="get_cache_tensors") as refused:
-        pool.memory(0, 10)
+        pool.view(pool.address, 10)
     assert refused.value.status_code == LLMStatusCode.LLM_FEATURE_NOT_ENABLED
     pool.close()
     pool.close()
     with pytest.raises(LLMException, match="closed") as closed:
         pool.read(pool.address, 1)
     assert closed.value.status_code == LLMStatusCode.LLM_FAILED
-    assert memory_figures(device).free == memory_figures(device).total
-    device.close()
+    assert memory_figures(watcher).free == memory_figures(watcher).total
+    watcher.close()
     with pytest.raises(LLMException, match="closed"):
         memory_figures(device)
 
@@ -75,7 +75,7 @@ def test_no_room_tells_how_much_there_is() -> None:
 def test_a_simulated_pool_may_be_viewed_and_outlives_its_views() -> None:
     device = Device(0)
     pool = AscendPool(device, 1 * MIB)
-    view = pool.memory(64, 6)
+    view = pool.view(pool.address + 64, 6)
     view[:] = b"abcdef"
     assert pool.read(pool.address + 64, 6) == b"abcdef"
     part = view[2:]
