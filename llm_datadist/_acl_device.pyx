@@ -232,20 +232,21 @@ cdef class Device:
 cdef class _Current:
     cdef Device _device
     cdef Scope _scope
-    cdef bint _entered
 
     def __init__(self, Device device not None):
         self._device = device
 
     def __enter__(self):
+        cdef AclFailure failure
         self._device._keep()
-        cdef aclError code = self._device.enter(&self._scope)
-        if code != ACL_SUCCESS:
-            error = acl_error("aclrtSetCurrentContext", code)
+        with nogil:
+            note_failure(&failure, "aclrtSetCurrentContext", self._device.enter(&self._scope))
+        if failure.code != ACL_SUCCESS:
             self._device._drop()
-            raise error
+            raise failure_error(&failure)
         return self._device
 
     def __exit__(self, *_):
-        self._device.leave(&self._scope)
+        with nogil:
+            self._device.leave(&self._scope)
         self._device._drop()
