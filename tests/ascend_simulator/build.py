@@ -31,8 +31,8 @@ _LINK = ["-shared", "-pthread", "-Wl,-z,nodelete", "-ldl"]
 _SANITIZE = {
     "": ["-O2", "-Wl,--no-undefined"],
     # Undefined behaviour ends the process as bad accesses do.
-    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
-    "thread": ["-O1", "-fsanitize=thread"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "thread": ["-O0", "-fsanitize=thread"],
 }
 
 

@@ -21,7 +21,7 @@ from tests.ascend_simulator.acl import (
     Acl,
 )
 
-ROUNDS = 25
+ROUNDS = 10
 SIZE = 300_000
 POOL = 4 << 20
 
