@@ -11,15 +11,17 @@
 #define PATH_BYTES 4096
 
 /* The wires of rank `rank` as the library chooses them at set-up. */
-static bool needs_network(const struct rank_table *table, uint32_t rank, uint32_t peer) {
+static bool needs_network(const struct rank_table *table, uint32_t rank, uint32_t peer)
+{
     const struct hccl_environment *environment = hccl_environment("rank table");
     bool same_server = table->entry[rank].server == table->entry[peer].server;
     if (same_server)
-        return environment->roce_inside_server;
+        return hccl_roce_inside_server();
     return !sim_is_a3() || !rank_table_near(table, rank, peer) || environment->roce_between_servers;
 }
 
-static HcclResult check_addresses(const char *function, const struct rank_table *table) {
+static HcclResult check_addresses(const char *function, const struct rank_table *table)
+{
     for (uint32_t rank = 0; rank < table->ranks; rank++)
         for (uint32_t peer = 0; peer < table->ranks; peer++)
             if (rank != peer && needs_network(table, rank, peer) && table->entry[rank].address[0] == '\0')
@@ -27,20 +29,22 @@ static HcclResult check_addresses(const char *function, const struct rank_table 
     return HCCL_SUCCESS;
 }
 
-/* Peers on other servers of one super pod exchange through sockets too, which need an address that the table may lack. */
-static HcclResult door_address(const char *function, const struct rank_entry *entry, bool same_server, char *address) {
+/* Peers on other servers of one super pod exchange through sockets too, which need an address. */
+static HcclResult door_address(const char *function, const struct rank_entry *entry, bool same_server, char *address)
+{
     if (same_server) {
         snprintf(address, ADDRESS_BYTES, "unix:hccl-device-%u-%u", entry->device, entry->port);
         return HCCL_SUCCESS;
     }
     if (entry->address[0] == '\0')
-        return sim_fail(HCCL_E_PARA, "%s: the simulator reaches another server by device_ip only, and the table has none",
-                        function);
+        return sim_fail(HCCL_E_PARA,
+                        "%s: the simulator reaches another server by device_ip only, and the table has none", function);
     snprintf(address, ADDRESS_BYTES, "tcp:%u:%s", entry->port, entry->address);
     return HCCL_SUCCESS;
 }
 
-static HcclResult fill_members(const char *function, struct communicator *c, const struct rank_table *table) {
+static HcclResult fill_members(const char *function, struct communicator *c, const struct rank_table *table)
+{
     for (uint32_t rank = 0; rank < c->ranks; rank++) {
         const struct rank_entry *entry = &table->entry[rank];
         struct member *member = &c->members[rank];
@@ -55,7 +59,8 @@ static HcclResult fill_members(const char *function, struct communicator *c, con
 }
 
 /* The lower rank listens: at one address for its server, at another one for all others. */
-static HcclResult open_doors(const char *function, struct communicator *c, const struct rank_table *table) {
+static HcclResult open_doors(const char *function, struct communicator *c, const struct rank_table *table)
+{
     bool wanted[2] = {false, false};
     for (uint32_t peer = c->rank + 1; peer < c->ranks; peer++)
         wanted[!c->members[peer].same_server] = true;
@@ -72,7 +77,8 @@ static HcclResult open_doors(const char *function, struct communicator *c, const
     return HCCL_SUCCESS;
 }
 
-static HcclResult make(const struct creation *creation, const struct rank_table *table, HcclComm *handle) {
+static HcclResult make(const struct creation *creation, const struct rank_table *table, HcclComm *handle)
+{
     struct communicator *c;
     HcclResult result = communicator_begin(creation, &c);
     if (result != HCCL_SUCCESS)
@@ -95,7 +101,8 @@ static HcclResult make(const struct creation *creation, const struct rank_table 
 
 /* The device is set, the arguments are there. */
 static HcclResult init(const char *function, struct sim_context *context, const char *text, uint32_t rank,
-                       const HcclCommConfig *config, HcclComm *handle) {
+                       const HcclCommConfig *config, HcclComm *handle)
+{
     struct sim_device *device = sim_context_device(context);
     char reason[512];
     if (hccl_environment(function) == NULL)
@@ -110,8 +117,9 @@ static HcclResult init(const char *function, struct sim_context *context, const 
         result = sim_fail(HCCL_E_PARA, "%s: rank %u is not in the table of %u", function, rank, table->ranks);
     else if ((result = check_addresses(function, table)) == HCCL_SUCCESS &&
              table->entry[rank].device != (uint32_t)device->physical)
-        result = sim_refuse("comm_thread", HCCL_E_PARA, "%s: rank %u is on device %u, the thread's physical device is %d",
-                            function, rank, table->entry[rank].device, device->physical);
+        result =
+            sim_refuse("comm_thread", HCCL_E_PARA, "%s: rank %u is on device %u, the thread's physical device is %d",
+                       function, rank, table->entry[rank].device, device->physical);
     if (result == HCCL_SUCCESS)
         result = make(&(struct creation){.function = function,
                                          .config = config,
@@ -125,7 +133,8 @@ static HcclResult init(const char *function, struct sim_context *context, const 
 }
 
 SIM_API HcclResult HcclCommInitClusterInfoMemConfig(const char *table, uint32_t rank, HcclCommConfig *config,
-                                                    HcclComm *handle) {
+                                                    HcclComm *handle)
+{
     struct sim_context *context;
     HcclResult result = creation_device("HcclCommInitClusterInfoMemConfig", &context);
     if (result != HCCL_SUCCESS)
@@ -136,7 +145,8 @@ SIM_API HcclResult HcclCommInitClusterInfoMemConfig(const char *table, uint32_t 
 }
 
 /* The file's text, with malloc. */
-static HcclResult read_file(const char *function, const char *path, char **text) {
+static HcclResult read_file(const char *function, const char *path, char **text)
+{
     if (strnlen(path, PATH_BYTES) == PATH_BYTES)
         return sim_fail(HCCL_E_PARA, "%s: the path has more than %d characters", function, PATH_BYTES - 1);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -159,7 +169,8 @@ static HcclResult read_file(const char *function, const char *path, char **text)
 }
 
 SIM_API HcclResult HcclCommInitClusterInfoConfig(const char *path, uint32_t rank, HcclCommConfig *config,
-                                                 HcclComm *handle) {
+                                                 HcclComm *handle)
+{
     struct sim_context *context;
     HcclResult result = creation_device("HcclCommInitClusterInfoConfig", &context);
     if (result != HCCL_SUCCESS)

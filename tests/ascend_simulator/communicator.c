@@ -10,20 +10,23 @@
 static struct communicator *communicators;
 static pthread_cond_t dismantled = PTHREAD_COND_INITIALIZER; /* or published */
 
-struct communicator *communicator_list(void) {
+struct communicator *communicator_list(void)
+{
     return communicators;
 }
 
 /* ---- calls ---- */
 
-static HcclResult unknown_handle(const char *function, HcclComm handle) {
+static HcclResult unknown_handle(const char *function, HcclComm handle)
+{
     if (sim_handle_closed(handle, SIM_COMMUNICATOR_HANDLE))
         return sim_refuse("use_after_free", HCCL_E_PARA, "%s: communicator %p was destroyed", function, handle);
     return sim_fail(HCCL_E_PARA, "%s: %p is no communicator", function, handle);
 }
 
 HcclResult communicator_enter(const char *function, HcclComm handle, bool setting_up, struct sim_context **context,
-                              struct communicator **found) {
+                              struct communicator **found)
+{
     struct sim_context *current;
     int code = sim_enter(function, SIM_HCCL | SIM_NEEDS_CONTEXT | (setting_up ? SIM_BLOCKS : 0), &current);
     if (code != 0)
@@ -35,8 +38,8 @@ HcclResult communicator_enter(const char *function, HcclComm handle, bool settin
         return unknown_handle(function, handle);
     struct sim_device *device = sim_context_device(current);
     if (device != c->device) {
-        code = sim_refuse("wrong_device", HCCL_E_PARA, "%s: the communicator is device %d's, the thread's is %d", function,
-                          c->device->id, device->id);
+        code = sim_refuse("wrong_device", HCCL_E_PARA, "%s: the communicator is device %d's, the thread's is %d",
+                          function, c->device->id, device->id);
         sim_object_put(&c->object);
         return code;
     }
@@ -57,7 +60,8 @@ HcclResult communicator_enter(const char *function, HcclComm handle, bool settin
     return HCCL_SUCCESS;
 }
 
-void communicator_leave(struct communicator *c, bool setting_up) {
+void communicator_leave(struct communicator *c, bool setting_up)
+{
     reception_lock();
     if (setting_up)
         c->setting_up--;
@@ -69,13 +73,15 @@ void communicator_leave(struct communicator *c, bool setting_up) {
     sim_object_put(&c->object);
 }
 
-void communicator_wake(struct communicator *c) {
+void communicator_wake(struct communicator *c)
+{
     pthread_cond_broadcast(&c->changed);
     send_receive_wake(c);
     one_sided_wake(c);
 }
 
-static bool no_longer_wanted(void *about) {
+static bool no_longer_wanted(void *about)
+{
     struct communicator *c = about;
     reception_lock();
     bool closing = c->closing;
@@ -83,7 +89,8 @@ static bool no_longer_wanted(void *about) {
     return closing;
 }
 
-HcclResult communicator_fault(const char *function, const char *where, struct communicator *c, struct link *link) {
+HcclResult communicator_fault(const char *function, const char *where, struct communicator *c, struct link *link)
+{
     struct sim_fault fault = sim_fault(where, c->device->id, NULL, no_longer_wanted, c);
     HcclResult result = HCCL_SUCCESS;
     reception_lock();
@@ -106,7 +113,8 @@ HcclResult communicator_fault(const char *function, const char *where, struct co
 /* ---- configuration ---- */
 
 /* Copies what both know, as the library does; `config` is cleared first. */
-static HcclResult read_config(const char *function, const HcclCommConfig *given, HcclCommConfig *config) {
+static HcclResult read_config(const char *function, const HcclCommConfig *given, HcclCommConfig *config)
+{
     memset(config, 0, sizeof *config);
     config->bufferMib = UINT32_MAX;
     config->executionTimeout = -1;
@@ -115,7 +123,8 @@ static HcclResult read_config(const char *function, const HcclCommConfig *given,
     if (given->size < CONFIG_HEAD)
         return sim_fail(HCCL_E_PARA, "%s: config.size %zu is smaller than its head", function, given->size);
     if (given->magic != HCCL_CONFIG_MAGIC)
-        return sim_fail(HCCL_E_PARA, "%s: config.magic is 0x%08x, not 0x%08x", function, given->magic, HCCL_CONFIG_MAGIC);
+        return sim_fail(HCCL_E_PARA, "%s: config.magic is 0x%08x, not 0x%08x", function, given->magic,
+                        HCCL_CONFIG_MAGIC);
     if (given->version < 1 || given->version > HCCL_CONFIG_VERSION_MAX)
         return sim_fail(HCCL_E_PARA, "%s: config.version %u is not in 1 to %d", function, given->version,
                         HCCL_CONFIG_VERSION_MAX);
@@ -130,7 +139,8 @@ static HcclResult read_config(const char *function, const HcclCommConfig *given,
     return HCCL_SUCCESS;
 }
 
-static HcclResult check_config(const char *function, const HcclCommConfig *config) {
+static HcclResult check_config(const char *function, const HcclCommConfig *config)
+{
     if (memchr(config->name, '\0', sizeof config->name) == NULL)
         return sim_fail(HCCL_E_PARA, "%s: config.name has no end within %d characters", function, HCCL_NAME_BYTES);
     if (memchr(config->userInformation, '\0', sizeof config->userInformation) == NULL)
@@ -140,7 +150,8 @@ static HcclResult check_config(const char *function, const HcclCommConfig *confi
     if (config->graphZeroCopy > 1)
         return sim_fail(HCCL_E_PARA, "%s: the zero-copy switch is 0 or 1, not %d", function, config->graphZeroCopy);
     if (config->expansion > 3)
-        return sim_fail(HCCL_E_PARA, "%s: operations are unfolded in one of 0 to 3, not %u", function, config->expansion);
+        return sim_fail(HCCL_E_PARA, "%s: operations are unfolded in one of 0 to 3, not %u", function,
+                        config->expansion);
     if (config->executionTimeout < -1)
         return sim_fail(HCCL_E_PARA, "%s: execution time limit %d", function, config->executionTimeout);
     return HCCL_SUCCESS;
@@ -148,7 +159,8 @@ static HcclResult check_config(const char *function, const HcclCommConfig *confi
 
 /* ---- making one ---- */
 
-HcclResult creation_device(const char *function, struct sim_context **context) {
+HcclResult creation_device(const char *function, struct sim_context **context)
+{
     int code = sim_enter(function, SIM_HCCL | SIM_BLOCKS, NULL);
     if (code != 0)
         return code;
@@ -158,7 +170,8 @@ HcclResult creation_device(const char *function, struct sim_context **context) {
     return HCCL_SUCCESS;
 }
 
-static void free_communicator(struct sim_object *object) {
+static void free_communicator(struct sim_object *object)
+{
     struct communicator *c = (struct communicator *)object;
     for (uint32_t peer = 0; c->links != NULL && peer < c->ranks; peer++) {
         send_receive_forget(&c->links[peer]);
@@ -172,7 +185,8 @@ static void free_communicator(struct sim_object *object) {
     free(c);
 }
 
-static void prepare_link(struct communicator *c, uint32_t peer) {
+static void prepare_link(struct communicator *c, uint32_t peer)
+{
     struct link *link = &c->links[peer];
     link->communicator = c;
     link->peer = peer;
@@ -186,7 +200,8 @@ static void prepare_link(struct communicator *c, uint32_t peer) {
     pthread_rwlockattr_destroy(&attributes);
 }
 
-static struct communicator *allocate(const struct creation *creation) {
+static struct communicator *allocate(const struct creation *creation)
+{
     struct communicator *c = calloc(1, sizeof *c);
     if (c == NULL)
         return NULL;
@@ -205,7 +220,8 @@ static struct communicator *allocate(const struct creation *creation) {
     return NULL;
 }
 
-static bool name_in_use(const char *name, const struct sim_device *device) {
+static bool name_in_use(const char *name, const struct sim_device *device)
+{
     for (struct communicator *c = communicators; c != NULL; c = c->next)
         if (c->device == device && name[0] != '\0' && strcmp(c->name, name) == 0)
             return true;
@@ -213,7 +229,8 @@ static bool name_in_use(const char *name, const struct sim_device *device) {
 }
 
 /* Into the list, where names are taken; the sockets' thread lives as long as it stays there. */
-static HcclResult enlist(const char *function, struct communicator *c) {
+static HcclResult enlist(const char *function, struct communicator *c)
+{
     reception_lock();
     HcclResult result = HCCL_SUCCESS;
     if (name_in_use(c->name, c->device))
@@ -230,12 +247,14 @@ static HcclResult enlist(const char *function, struct communicator *c) {
     return result;
 }
 
-static void drop_unlisted(struct communicator *c) {
+static void drop_unlisted(struct communicator *c)
+{
     sim_handle_close(c->object.handle);
     sim_object_put(&c->object);
 }
 
-HcclResult communicator_begin(const struct creation *creation, struct communicator **made) {
+HcclResult communicator_begin(const struct creation *creation, struct communicator **made)
+{
     const char *function = creation->function;
     const struct hccl_environment *environment = hccl_environment(function);
     HcclCommConfig config;
@@ -252,9 +271,8 @@ HcclResult communicator_begin(const struct creation *creation, struct communicat
     if (c == NULL)
         return sim_fail(HCCL_E_MEMORY, "%s: no memory", function);
     strcpy(c->name, config.name);
-    c->execution_timeout_ns = config.executionTimeout < 0    ? environment->execution_timeout_ns
-                              : config.executionTimeout == 0 ? UINT64_MAX
-                                                             : hccl_scaled_ns(config.executionTimeout);
+    long limit = config.executionTimeout < 0 ? environment->execution_timeout_s : config.executionTimeout;
+    c->execution_timeout_ns = limit == 0 ? UINT64_MAX : hccl_scaled_ns((double)limit);
     result = enlist(function, c);
     if (result != HCCL_SUCCESS) {
         drop_unlisted(c);
@@ -273,7 +291,8 @@ HcclResult communicator_begin(const struct creation *creation, struct communicat
     return HCCL_SUCCESS;
 }
 
-HcclResult communicator_publish(struct communicator *c, HcclComm *handle) {
+HcclResult communicator_publish(struct communicator *c, HcclComm *handle)
+{
     reception_lock();
     c->listed = true;
     pthread_cond_broadcast(&dismantled);
@@ -284,7 +303,8 @@ HcclResult communicator_publish(struct communicator *c, HcclComm *handle) {
 }
 
 /* The mutex is held, nobody is inside and nothing is queued. It lets the mutex go and takes it again. */
-static void dismantle(struct communicator *c) {
+static void dismantle(struct communicator *c)
+{
     for (uint32_t peer = 0; peer < c->ranks; peer++)
         meeting_part(&c->links[peer]);
     meeting_close_doors(c);
@@ -306,7 +326,8 @@ static void dismantle(struct communicator *c) {
     reception_lock();
 }
 
-void communicator_discard(struct communicator *c) {
+void communicator_discard(struct communicator *c)
+{
     sim_handle_close(c->object.handle);
     reception_lock();
     dismantle(c);
@@ -316,21 +337,24 @@ void communicator_discard(struct communicator *c) {
 /* ---- destroying one ---- */
 
 /* What has arrived counts, although nobody has looked at it yet. */
-static void hear_all(struct communicator *c) {
+static void hear_all(struct communicator *c)
+{
     for (uint32_t peer = 0; peer < c->ranks; peer++)
         if (c->links[peer].socket != NULL)
             socket_drain(c->links[peer].socket);
 }
 
 /* Ends what is stuck, and waits until everybody has left. */
-static void empty(struct communicator *c) {
+static void empty(struct communicator *c)
+{
     c->closing = true;
     communicator_wake(c);
     while (c->setting_up + c->enqueuing > 0 || c->queued > 0)
         reception_wait(&c->changed, UINT64_MAX);
 }
 
-static HcclResult check_destroy(struct communicator *c) {
+static HcclResult check_destroy(struct communicator *c)
+{
     if (c->closing)
         return sim_fail(HCCL_E_AGAIN, "HcclCommDestroy: another thread is destroying it");
     if (c->bindings != NULL)
@@ -340,17 +364,20 @@ static HcclResult check_destroy(struct communicator *c) {
     hear_all(c);
     int code = 0;
     if (c->queued > 0)
-        code = sim_misuse("comm_busy_destroy", HCCL_E_PARA,
-                          "HcclCommDestroy: %zu operations of \"%s\" are still queued: synchronise or abort the stream first",
-                          c->queued, c->name);
+        code = sim_misuse(
+            "comm_busy_destroy", HCCL_E_PARA,
+            "HcclCommDestroy: %zu operations of \"%s\" are still queued: synchronise or abort the stream first",
+            c->queued, c->name);
     size_t unmatched = c->aborted || c->failed ? 0 : send_receive_unmatched(c);
     if (code == 0 && unmatched > 0)
-        code = sim_misuse("comm_unmatched", HCCL_E_PARA, "HcclCommDestroy: peers of \"%s\" wait in %zu operations without partner",
-                          c->name, unmatched);
+        code =
+            sim_misuse("comm_unmatched", HCCL_E_PARA,
+                       "HcclCommDestroy: peers of \"%s\" wait in %zu operations without partner", c->name, unmatched);
     return code;
 }
 
-SIM_API HcclResult HcclCommDestroy(HcclComm handle) {
+SIM_API HcclResult HcclCommDestroy(HcclComm handle)
+{
     int code = sim_enter("HcclCommDestroy", SIM_HCCL | SIM_BLOCKS, NULL);
     if (code != 0 || handle == NULL)
         return code;
@@ -361,8 +388,9 @@ SIM_API HcclResult HcclCommDestroy(HcclComm handle) {
     if (c == NULL)
         return unknown_handle("HcclCommDestroy", handle);
     if (sim_context_device(context) != c->device) {
-        code = sim_refuse("wrong_device", HCCL_E_PARA, "HcclCommDestroy: the communicator is device %d's, the thread's is %d",
-                          c->device->id, sim_context_device(context)->id);
+        code = sim_refuse("wrong_device", HCCL_E_PARA,
+                          "HcclCommDestroy: the communicator is device %d's, the thread's is %d", c->device->id,
+                          sim_context_device(context)->id);
     } else {
         reception_lock();
         code = check_destroy(c);
@@ -379,7 +407,8 @@ SIM_API HcclResult HcclCommDestroy(HcclComm handle) {
 
 /* ---- the process ends, a device ends ---- */
 
-size_t sim_hccl_alive(int device) {
+size_t sim_hccl_alive(int device)
+{
     size_t alive = one_sided_registrations(device);
     reception_lock();
     for (struct communicator *c = communicators; c != NULL; c = c->next)
@@ -388,7 +417,8 @@ size_t sim_hccl_alive(int device) {
     return alive;
 }
 
-void sim_hccl_finalize(void) {
+void sim_hccl_finalize(void)
+{
     root_info_finalize();
     reception_lock();
     while (communicators != NULL) {
@@ -414,7 +444,8 @@ void sim_hccl_finalize(void) {
 
 /* ---- asking ---- */
 
-static HcclResult ask(const char *function, HcclComm handle, const void *answer, struct communicator **c) {
+static HcclResult ask(const char *function, HcclComm handle, const void *answer, struct communicator **c)
+{
     HcclResult result = communicator_enter(function, handle, false, NULL, c);
     if (result != HCCL_SUCCESS)
         return result;
@@ -424,7 +455,8 @@ static HcclResult ask(const char *function, HcclComm handle, const void *answer,
     return sim_fail(HCCL_E_PTR, "%s: no place for the answer", function);
 }
 
-SIM_API HcclResult HcclGetRankSize(HcclComm handle, uint32_t *size) {
+SIM_API HcclResult HcclGetRankSize(HcclComm handle, uint32_t *size)
+{
     struct communicator *c;
     HcclResult result = ask("HcclGetRankSize", handle, size, &c);
     if (result != HCCL_SUCCESS)
@@ -434,7 +466,8 @@ SIM_API HcclResult HcclGetRankSize(HcclComm handle, uint32_t *size) {
     return HCCL_SUCCESS;
 }
 
-SIM_API HcclResult HcclGetRankId(HcclComm handle, uint32_t *rank) {
+SIM_API HcclResult HcclGetRankId(HcclComm handle, uint32_t *rank)
+{
     struct communicator *c;
     HcclResult result = ask("HcclGetRankId", handle, rank, &c);
     if (result != HCCL_SUCCESS)
@@ -444,7 +477,8 @@ SIM_API HcclResult HcclGetRankId(HcclComm handle, uint32_t *rank) {
     return HCCL_SUCCESS;
 }
 
-SIM_API HcclResult HcclGetCommName(HcclComm handle, char *name) {
+SIM_API HcclResult HcclGetCommName(HcclComm handle, char *name)
+{
     struct communicator *c;
     HcclResult result = ask("HcclGetCommName", handle, name, &c);
     if (result != HCCL_SUCCESS)
@@ -454,7 +488,8 @@ SIM_API HcclResult HcclGetCommName(HcclComm handle, char *name) {
     return HCCL_SUCCESS;
 }
 
-SIM_API HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult *error) {
+SIM_API HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult *error)
+{
     struct communicator *c;
     HcclResult result = ask("HcclGetCommAsyncError", handle, error, &c);
     if (result != HCCL_SUCCESS)
@@ -465,7 +500,8 @@ SIM_API HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult *error) {
 }
 
 /* Present in newer releases; callers look for its name only. No item is known here. */
-SIM_API HcclResult HcclConfigGetInfo(HcclComm handle, HcclConfigType type, uint32_t size, void *value) {
+SIM_API HcclResult HcclConfigGetInfo(HcclComm handle, HcclConfigType type, uint32_t size, void *value)
+{
     struct communicator *c;
     (void)size;
     HcclResult result = ask("HcclConfigGetInfo", handle, value, &c);
@@ -475,13 +511,14 @@ SIM_API HcclResult HcclConfigGetInfo(HcclComm handle, HcclConfigType type, uint3
     return sim_fail(HCCL_E_NOT_SUPPORT, "HcclConfigGetInfo: item %d", type);
 }
 
-SIM_API const char *HcclGetErrorString(HcclResult code) {
+SIM_API const char *HcclGetErrorString(HcclResult code)
+{
     static const char *const texts[] = {
-        "success",           "parameter error",    "empty pointer",       "memory error",        "internal error",
-        "not supported",     "not found",          "not available",       "system call failed",  "timeout",
-        "file not opened",   "TCP connect failed", "RoCE connect failed", "TCP transfer failed", "RoCE transfer failed",
-        "ACL call failed",   "driver error",       "profiling error",     "CCE error",           "network error",
-        "try again",         "remote error",       "suspending",          "retry failed",        "out of memory",
+        "success",         "parameter error",    "empty pointer",       "memory error",        "internal error",
+        "not supported",   "not found",          "not available",       "system call failed",  "timeout",
+        "file not opened", "TCP connect failed", "RoCE connect failed", "TCP transfer failed", "RoCE transfer failed",
+        "ACL call failed", "driver error",       "profiling error",     "CCE error",           "network error",
+        "try again",       "remote error",       "suspending",          "retry failed",        "out of memory",
     };
     return code >= 0 && (size_t)code < sizeof texts / sizeof *texts ? texts[code] : "unknown error";
 }

@@ -80,7 +80,7 @@ struct link {
     bool met;
     bool dialing;
     bool cut_when_met; /* fault: the connection breaks as soon as it is there */
-    bool goodbye; /* the peer destroyed its communicator */
+    bool goodbye;      /* the peer destroyed its communicator */
     bool memory_sent;
     int refused; /* code, with the reason below: the two ends do not belong together */
     char reason[256];
@@ -187,11 +187,11 @@ enum { PEER_GONE = -1, PEER_CANCELLED = -2, PEER_REFUSED = -3 };
 struct peer_window {
     struct link *link;
     enum { WINDOW_REGION, WINDOW_OPERATION } kind;
-    uint32_t flags;       /* lane of the operation */
-    uint64_t number;      /* of the region or the operation */
-    uint64_t offset;      /* of the first byte in the window */
-    uint64_t file_offset; /* of the same byte in the file of the peer's device */
-    bool mapped;          /* reached through the file, else asked for by frames */
+    uint32_t flags;                 /* lane of the operation */
+    uint64_t number;                /* of the region or the operation */
+    uint64_t offset;                /* of the first byte in the window */
+    uint64_t file_offset;           /* of the same byte in the file of the peer's device */
+    bool mapped;                    /* reached through the file, else asked for by frames */
     bool (*cancelled)(void *about); /* may be NULL; asked without the mutex */
     void *about;
 };

@@ -12,11 +12,13 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct hccl_environment values;
 static bool known;
 
-uint64_t hccl_scaled_ns(double seconds) {
+uint64_t hccl_scaled_ns(double seconds)
+{
     return (uint64_t)(seconds * sim_time_scale() * 1e9);
 }
 
-static bool number(const char *function, const char *name, long low, long high, long absent, long *value) {
+static bool number(const char *function, const char *name, long low, long high, long absent, long *value)
+{
     const char *text = getenv(name);
     char *end = NULL;
     *value = absent;
@@ -30,12 +32,14 @@ static bool number(const char *function, const char *name, long low, long high, 
     return false;
 }
 
-static bool is_address(const char *text) {
+static bool is_address(const char *text)
+{
     struct in6_addr address;
     return inet_pton(AF_INET, text, &address) == 1 || inet_pton(AF_INET6, text, &address) == 1;
 }
 
-static bool read_all(const char *function) {
+static bool read_all(const char *function)
+{
     long connect, execution, exponent, tries, buffer, intra;
     if (!number(function, "HCCL_CONNECT_TIMEOUT", 120, 7200, 120, &connect) ||
         !number(function, "HCCL_EXEC_TIMEOUT", 0, INT32_MAX, 1836, &execution) ||
@@ -50,14 +54,12 @@ static bool read_all(const char *function) {
         sim_fail(HCCL_E_PARA, "%s: HCCL_IF_IP is no address: \"%s\"", function, host_ip);
         return false;
     }
-    char link[16];
-    sim_knob_text(SIM_LINK, link, sizeof link);
     values = (struct hccl_environment){
-        .connect_timeout_ns = hccl_scaled_ns((double)connect),
-        .execution_timeout_ns = execution == 0 ? UINT64_MAX : hccl_scaled_ns((double)execution),
-        .retry_ns = hccl_scaled_ns(4.096e-6 * (double)(1l << exponent) * (double)tries),
+        .connect_timeout_s = connect,
+        .execution_timeout_s = execution,
+        .retry_s = 4.096e-6 * (double)(1l << exponent) * (double)tries,
         .buffer_mib = (uint32_t)buffer,
-        .roce_inside_server = intra == 1 || strcmp(link, "roce") == 0,
+        .roce_inside_server = intra == 1,
         .roce_between_servers = inter != NULL && strcasecmp(inter, "true") == 0,
     };
     if (host_ip != NULL)
@@ -65,11 +67,19 @@ static bool read_all(const char *function) {
     return true;
 }
 
-const struct hccl_environment *hccl_environment(const char *function) {
+const struct hccl_environment *hccl_environment(const char *function)
+{
     pthread_mutex_lock(&lock);
     if (!known)
         known = read_all(function);
     bool good = known;
     pthread_mutex_unlock(&lock);
     return good ? &values : NULL;
+}
+
+bool hccl_roce_inside_server(void)
+{
+    char link[16];
+    sim_knob_text(SIM_LINK, link, sizeof link);
+    return values.roce_inside_server || strcmp(link, "roce") == 0;
 }

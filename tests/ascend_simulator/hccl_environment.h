@@ -6,9 +6,9 @@
 #include <stdint.h>
 
 struct hccl_environment {
-    uint64_t connect_timeout_ns;   /* scaled */
-    uint64_t execution_timeout_ns; /* scaled; UINT64_MAX without limit */
-    uint64_t retry_ns;             /* scaled: until the network gives a dead peer up */
+    long connect_timeout_s;
+    long execution_timeout_s; /* 0: without limit */
+    double retry_s;           /* until the network gives a dead peer up */
     uint32_t buffer_mib;
     char host_ip[46]; /* where ranks on other servers reach this process; empty: nowhere */
     bool roce_inside_server;
@@ -19,5 +19,7 @@ struct hccl_environment {
 const struct hccl_environment *hccl_environment(const char *function);
 /* A time limit of HCCL's own, scaled. */
 uint64_t hccl_scaled_ns(double seconds);
+/* Whether devices of this server use the network between them: by the variable, or LLMDD_SIM_LINK as it is now. */
+bool hccl_roce_inside_server(void);
 
 #endif

@@ -103,7 +103,8 @@ typedef struct {
 static_assert(offsetof(HcclCommConfig, bufferMib) == 24 && offsetof(HcclCommConfig, name) == 32, "config");
 static_assert(offsetof(HcclCommConfig, userInformation) == 160 && offsetof(HcclCommConfig, expansion) == 288, "config");
 static_assert(offsetof(HcclCommConfig, worldRank) == 300 && offsetof(HcclCommConfig, jobId) == 304, "config");
-static_assert(offsetof(HcclCommConfig, executionTimeout) == 316 && offsetof(HcclCommConfig, algorithm) == 320, "config");
+static_assert(offsetof(HcclCommConfig, executionTimeout) == 316 && offsetof(HcclCommConfig, algorithm) == 320,
+              "config");
 static_assert(offsetof(HcclCommConfig, bufferName) == 2098 && offsetof(HcclCommConfig, qos) == 2228, "config");
 static_assert(offsetof(HcclCommConfig, queueDepth) == 2240 && sizeof(HcclCommConfig) == 2248, "config");
 

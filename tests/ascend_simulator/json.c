@@ -17,18 +17,21 @@ struct reader {
 
 static struct json *read_value(struct reader *r);
 
-static void *refuse(struct reader *r, const char *what) {
+static void *refuse(struct reader *r, const char *what)
+{
     if (r->reason[0] == '\0')
         snprintf(r->reason, r->reason_size, "%s at character %td", what, r->at - r->start);
     return NULL;
 }
 
-static void skip_blanks(struct reader *r) {
+static void skip_blanks(struct reader *r)
+{
     while (*r->at == ' ' || *r->at == '\t' || *r->at == '\n' || *r->at == '\r')
         r->at++;
 }
 
-static struct json *new_value(struct reader *r, enum json_kind kind) {
+static struct json *new_value(struct reader *r, enum json_kind kind)
+{
     struct json *value = calloc(1, sizeof *value);
     if (value == NULL)
         return refuse(r, "no memory");
@@ -36,7 +39,8 @@ static struct json *new_value(struct reader *r, enum json_kind kind) {
     return value;
 }
 
-void json_free(struct json *value) {
+void json_free(struct json *value)
+{
     while (value != NULL) {
         struct json *next = value->next;
         json_free(value->child);
@@ -47,7 +51,8 @@ void json_free(struct json *value) {
     }
 }
 
-static int hex_digits(struct reader *r, unsigned *code) {
+static int hex_digits(struct reader *r, unsigned *code)
+{
     *code = 0;
     for (int i = 0; i < 4; i++, r->at++) {
         char c = *r->at;
@@ -62,7 +67,8 @@ static int hex_digits(struct reader *r, unsigned *code) {
     return 0;
 }
 
-static size_t put_utf8(char *out, unsigned code) {
+static size_t put_utf8(char *out, unsigned code)
+{
     if (code < 0x80) {
         out[0] = (char)code;
         return 1;
@@ -86,7 +92,8 @@ static size_t put_utf8(char *out, unsigned code) {
 }
 
 /* The character behind `\u`, both halves of a pair; 0 when refused. */
-static unsigned read_unicode(struct reader *r) {
+static unsigned read_unicode(struct reader *r)
+{
     unsigned code, low;
     if (hex_digits(r, &code))
         return 0;
@@ -104,7 +111,8 @@ static unsigned read_unicode(struct reader *r) {
     return 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
-static unsigned read_escape(struct reader *r) {
+static unsigned read_escape(struct reader *r)
+{
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     char c = *r->at;
     if (c == 'u') {
@@ -118,7 +126,8 @@ static unsigned read_escape(struct reader *r) {
     return (unsigned char)to[found - from];
 }
 
-static char *read_string(struct reader *r) {
+static char *read_string(struct reader *r)
+{
     if (*r->at != '"')
         return refuse(r, "string expected");
     r->at++;
@@ -149,13 +158,15 @@ static char *read_string(struct reader *r) {
     return text;
 }
 
-static const char *skip_digits(const char *at) {
+static const char *skip_digits(const char *at)
+{
     while (*at >= '0' && *at <= '9')
         at++;
     return at;
 }
 
-static struct json *read_number(struct reader *r) {
+static struct json *read_number(struct reader *r)
+{
     const char *from = r->at, *at = from;
     if (*at == '-')
         at++;
@@ -185,7 +196,8 @@ static struct json *read_number(struct reader *r) {
     return refuse(r, "no memory");
 }
 
-static struct json *read_word(struct reader *r, const char *word, enum json_kind kind) {
+static struct json *read_word(struct reader *r, const char *word, enum json_kind kind)
+{
     size_t length = strlen(word);
     if (strncmp(r->at, word, length) != 0)
         return refuse(r, "value expected");
@@ -194,7 +206,8 @@ static struct json *read_word(struct reader *r, const char *word, enum json_kind
 }
 
 /* One member of an object or element of an array. */
-static struct json *read_item(struct reader *r, const struct json *container) {
+static struct json *read_item(struct reader *r, const struct json *container)
+{
     char *name = NULL;
     skip_blanks(r);
     if (container->kind == JSON_OBJECT) {
@@ -217,7 +230,8 @@ static struct json *read_item(struct reader *r, const struct json *container) {
     return value;
 }
 
-static struct json *read_container(struct reader *r, enum json_kind kind, char end) {
+static struct json *read_container(struct reader *r, enum json_kind kind, char end)
+{
     struct json *container = new_value(r, kind);
     if (container == NULL)
         return NULL;
@@ -249,7 +263,8 @@ static struct json *read_container(struct reader *r, enum json_kind kind, char e
     return NULL;
 }
 
-static struct json *read_value(struct reader *r) {
+static struct json *read_value(struct reader *r)
+{
     skip_blanks(r);
     if (r->depth == DEPTH_MAX)
         return refuse(r, "too deep");
@@ -285,7 +300,8 @@ static struct json *read_value(struct reader *r) {
     return value;
 }
 
-struct json *json_parse(const char *text, char *reason, size_t reason_size) {
+struct json *json_parse(const char *text, char *reason, size_t reason_size)
+{
     struct reader r = {.start = text, .at = text, .reason = reason, .reason_size = reason_size};
     reason[0] = '\0';
     struct json *value = read_value(&r);
@@ -299,21 +315,24 @@ struct json *json_parse(const char *text, char *reason, size_t reason_size) {
     return NULL;
 }
 
-const struct json *json_member(const struct json *object, const char *name) {
+const struct json *json_member(const struct json *object, const char *name)
+{
     for (const struct json *member = object->child; member != NULL; member = member->next)
         if (strcmp(member->name, name) == 0)
             return member;
     return NULL;
 }
 
-size_t json_length(const struct json *value) {
+size_t json_length(const struct json *value)
+{
     size_t length = 0;
     for (const struct json *item = value->child; item != NULL; item = item->next)
         length++;
     return length;
 }
 
-const char *json_kind_name(enum json_kind kind) {
+const char *json_kind_name(enum json_kind kind)
+{
     static const char *const names[] = {"an object", "an array", "a string", "a number", "true", "false", "null"};
     return names[kind];
 }

@@ -1,4 +1,4 @@
-/* A reader of JSON as strict as the standard: no comments, no trailing commas, no repeated names, nothing behind the value. */
+/* A reader of JSON as strict as the standard: no comments, no trailing commas, no name twice, nothing behind. */
 #ifndef JSON_H
 #define JSON_H
 

@@ -1,4 +1,4 @@
-/* How two ranks find each other: the higher one dials the door of the lower one and says which communicator it means. */
+/* How two ranks find each other: the higher one dials the door of the lower one and names the communicator. */
 #include "communicator.h"
 
 #include <errno.h>
@@ -42,7 +42,8 @@ static void link_end(struct socket *socket, void *owner);
 
 /* ---- callers at the door ---- */
 
-static void forget_caller(struct caller *caller) {
+static void forget_caller(struct caller *caller)
+{
     for (struct caller **at = &callers; *at != NULL; at = &(*at)->next)
         if (*at == caller) {
             *at = caller->next;
@@ -52,7 +53,8 @@ static void forget_caller(struct caller *caller) {
 }
 
 /* NULL when the two belong together. */
-static const char *difference(const struct communicator *c, const struct hello *hello) {
+static const char *difference(const struct communicator *c, const struct hello *hello)
+{
     if (strcmp(hello->version, SIM_VERSION) != 0)
         return "versions of the simulator";
     if (hello->digest != c->digest)
@@ -66,14 +68,16 @@ static const char *difference(const struct communicator *c, const struct hello *
     return NULL;
 }
 
-static void refuse_link(struct link *link, const char *what) {
+static void refuse_link(struct link *link, const char *what)
+{
     link->refused = HCCL_E_PARA;
     snprintf(link->reason, sizeof link->reason, "rank %u and rank %u have different %s", link->communicator->rank,
              link->peer, what);
     communicator_wake(link->communicator);
 }
 
-static void take_in(struct caller *caller, struct link *link) {
+static void take_in(struct caller *caller, struct link *link)
+{
     struct socket *socket = caller->socket;
     const char *what = difference(link->communicator, &caller->hello);
     forget_caller(caller);
@@ -93,9 +97,11 @@ static void take_in(struct caller *caller, struct link *link) {
 }
 
 /* The link that the caller asks for, if it is free: a dead one stays dead, its successor has another communicator. */
-static struct link *wanted_link(const struct hello *hello) {
+static struct link *wanted_link(const struct hello *hello)
+{
     for (struct communicator *c = communicator_list(); c != NULL; c = c->next) {
-        if (!c->members_known || strcmp(c->key, hello->key) != 0 || c->rank != hello->to || hello->from <= c->rank || hello->from >= c->ranks)
+        if (!c->members_known || strcmp(c->key, hello->key) != 0 || c->rank != hello->to || hello->from <= c->rank ||
+            hello->from >= c->ranks)
             continue;
         struct link *link = &c->links[hello->from];
         if (!c->closing && !link->met && link->refused == 0)
@@ -104,7 +110,8 @@ static struct link *wanted_link(const struct hello *hello) {
     return NULL;
 }
 
-static void caller_frame(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd) {
+static void caller_frame(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd)
+{
     struct caller *caller = owner;
     (void)fd;
     if (caller->spoke || frame->kind != FRAME_HELLO || frame->body != sizeof caller->hello) {
@@ -121,12 +128,14 @@ static void caller_frame(struct socket *socket, void *owner, const struct frame 
         take_in(caller, link);
 }
 
-static void caller_end(struct socket *socket, void *owner) {
+static void caller_end(struct socket *socket, void *owner)
+{
     (void)socket;
     forget_caller(owner);
 }
 
-static void at_the_door(struct socket *listener, void *owner, struct socket *accepted) {
+static void at_the_door(struct socket *listener, void *owner, struct socket *accepted)
+{
     (void)listener, (void)owner;
     struct caller *caller = calloc(1, sizeof *caller);
     if (caller == NULL) {
@@ -138,7 +147,8 @@ static void at_the_door(struct socket *listener, void *owner, struct socket *acc
     socket_serve(accepted, caller_frame, caller_end, caller);
 }
 
-void meeting_admit_waiting(struct communicator *c) {
+void meeting_admit_waiting(struct communicator *c)
+{
     for (struct caller *caller = callers, *next; caller != NULL; caller = next) {
         next = caller->next;
         struct link *link = caller->spoke ? wanted_link(&caller->hello) : NULL;
@@ -148,7 +158,8 @@ void meeting_admit_waiting(struct communicator *c) {
 }
 
 /* Somebody with the same table and other name: that is why nobody came. */
-static bool mistaken_caller(struct link *link) {
+static bool mistaken_caller(struct link *link)
+{
     const struct communicator *c = link->communicator;
     for (struct caller *caller = callers; caller != NULL; caller = caller->next) {
         if (!caller->spoke || caller->hello.digest != c->digest || caller->hello.to != c->rank ||
@@ -166,7 +177,8 @@ static bool mistaken_caller(struct link *link) {
 
 /* ---- doors ---- */
 
-const char *meeting_own_door(void) {
+const char *meeting_own_door(void)
+{
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static char address[ADDRESS_BYTES];
     pthread_mutex_lock(&lock);
@@ -179,14 +191,16 @@ const char *meeting_own_door(void) {
     return address;
 }
 
-static struct door *find_door(const char *address) {
+static struct door *find_door(const char *address)
+{
     struct door *door = doors;
     while (door != NULL && strcmp(door->address, address) != 0)
         door = door->next;
     return door;
 }
 
-HcclResult meeting_open_door(const char *function, struct communicator *c, int slot, const char *address) {
+HcclResult meeting_open_door(const char *function, struct communicator *c, int slot, const char *address)
+{
     reception_lock();
     struct door *door = find_door(address);
     if (door == NULL && (door = calloc(1, sizeof *door)) != NULL) {
@@ -209,14 +223,16 @@ HcclResult meeting_open_door(const char *function, struct communicator *c, int s
     return door != NULL ? HCCL_SUCCESS : sim_fail(HCCL_E_MEMORY, "%s: no memory", function);
 }
 
-unsigned meeting_door_port(struct communicator *c, int slot) {
+unsigned meeting_door_port(struct communicator *c, int slot)
+{
     reception_lock();
     unsigned port = socket_port(c->doors[slot]->socket);
     reception_unlock();
     return port;
 }
 
-static void close_door(struct door *door) {
+static void close_door(struct door *door)
+{
     if (--door->holders > 0)
         return;
     for (struct door **at = &doors; *at != NULL; at = &(*at)->next)
@@ -232,7 +248,8 @@ static void close_door(struct door *door) {
     }
 }
 
-void meeting_close_doors(struct communicator *c) {
+void meeting_close_doors(struct communicator *c)
+{
     for (int slot = 0; slot < 2; slot++) {
         if (c->doors[slot] != NULL)
             close_door(c->doors[slot]);
@@ -242,7 +259,8 @@ void meeting_close_doors(struct communicator *c) {
 
 /* ---- links ---- */
 
-static void link_frame(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd) {
+static void link_frame(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd)
+{
     struct link *link = owner;
     (void)socket;
     switch (frame->kind) {
@@ -276,7 +294,8 @@ static void link_frame(struct socket *socket, void *owner, const struct frame *f
     }
 }
 
-static void link_end(struct socket *socket, void *owner) {
+static void link_end(struct socket *socket, void *owner)
+{
     struct link *link = owner;
     (void)socket;
     link->socket = NULL;
@@ -288,7 +307,8 @@ static void link_end(struct socket *socket, void *owner) {
     communicator_wake(link->communicator);
 }
 
-static bool say_hello(struct link *link, int fd) {
+static bool say_hello(struct link *link, int fd)
+{
     struct communicator *c = link->communicator;
     link->socket = socket_adopt(fd, link_frame, link_end, link);
     if (link->socket == NULL) {
@@ -308,7 +328,8 @@ static bool say_hello(struct link *link, int fd) {
 }
 
 /* One attempt to reach the lower rank; who is refused at once tries again a little later. */
-static void dial(struct link *link, uint64_t deadline) {
+static void dial(struct link *link, uint64_t deadline)
+{
     struct communicator *c = link->communicator;
     char address[ADDRESS_BYTES];
     strcpy(address, c->members[link->peer].door);
@@ -325,11 +346,14 @@ static void dial(struct link *link, uint64_t deadline) {
     reception_wait(&c->changed, soon < deadline ? soon : deadline);
 }
 
-static HcclResult report_refusal(const char *function, struct link *link) {
-    return sim_refuse("comm_differs", link->refused, "%s: \"%s\": %s", function, link->communicator->name, link->reason);
+static HcclResult report_refusal(const char *function, struct link *link)
+{
+    return sim_refuse("comm_differs", link->refused, "%s: \"%s\": %s", function, link->communicator->name,
+                      link->reason);
 }
 
-HcclResult meeting_await(const char *function, struct link *link, uint64_t deadline) {
+HcclResult meeting_await(const char *function, struct link *link, uint64_t deadline)
+{
     struct communicator *c = link->communicator;
     while (!link->met && link->refused == 0) {
         if (c->closing)
@@ -351,7 +375,8 @@ HcclResult meeting_await(const char *function, struct link *link, uint64_t deadl
     return link->refused != 0 ? report_refusal(function, link) : HCCL_SUCCESS;
 }
 
-void meeting_cut(struct link *link, struct sim_task *task) {
+void meeting_cut(struct link *link, struct sim_task *task)
+{
     reception_lock();
     if (link->socket != NULL)
         socket_cut(link->socket);
@@ -363,7 +388,8 @@ void meeting_cut(struct link *link, struct sim_task *task) {
     reception_unlock();
 }
 
-void meeting_part(struct link *link) {
+void meeting_part(struct link *link)
+{
     if (link->socket != NULL) {
         if (link->met)
             socket_send(link->socket, (struct frame){.kind = FRAME_GOODBYE}, NULL, -1);

@@ -1,5 +1,5 @@
-/* Puts and gets: the initiator's stream does all the work. The descriptors of one call run in random order and partly at the
- * same time; the next call of the stream starts after the last of them. */
+/* Puts and gets: the initiator's stream does all the work. The descriptors of one call run in random order and partly
+ * at the same time; the next call of the stream starts after the last of them. */
 #include "registrations.h"
 
 #include <stdlib.h>
@@ -24,14 +24,16 @@ struct one_sided_call {
     struct piece_of_work work[];
 };
 
-void one_sided_wake(struct communicator *c) {
+void one_sided_wake(struct communicator *c)
+{
     for (struct one_sided_call *call = c->one_sided; call != NULL; call = call->next)
         sim_task_wake(&call->task);
 }
 
 /* ---- on the stream ---- */
 
-static bool destroyed(void *about) {
+static bool destroyed(void *about)
+{
     struct one_sided_call *call = about;
     reception_lock();
     bool closing = call->communicator->closing;
@@ -40,12 +42,13 @@ static bool destroyed(void *about) {
 }
 
 /* The peer is gone: at once where its memory was mapped, after the network's retries otherwise. */
-static int peer_gone(struct one_sided_call *call) {
+static int peer_gone(struct one_sided_call *call)
+{
     struct communicator *c = call->communicator;
     int code = (int)sim_knob(SIM_DEAD_PEER_CODE);
     if (c->members[call->link->peer].roce) {
         reception_lock();
-        uint64_t until = call->link->died_at + hccl_environment(call->task.what)->retry_ns;
+        uint64_t until = call->link->died_at + hccl_scaled_ns(hccl_environment(call->task.what)->retry_s);
         reception_unlock();
         while (sim_now() < until && !sim_task_aborted(&call->task) && !destroyed(call))
             sim_task_wait(&call->task, until);
@@ -57,14 +60,16 @@ static int peer_gone(struct one_sided_call *call) {
 }
 
 /* What the injected fault means for the work number `index` of the order. */
-static struct sim_fault fault_of(const struct one_sided_call *call, size_t index) {
+static struct sim_fault fault_of(const struct one_sided_call *call, size_t index)
+{
     struct sim_fault fault = call->fault;
     if ((fault.action == SIM_CORRUPT && index > 0) || (fault.action == SIM_HALF && index != call->count / 2))
         fault.action = SIM_NONE;
     return fault;
 }
 
-static void work_off(struct one_sided_call *call) {
+static void work_off(struct one_sided_call *call)
+{
     for (;;) {
         size_t index = atomic_fetch_add(&call->taken, 1);
         if (index >= call->count || atomic_load(&call->code) != 0)
@@ -77,12 +82,14 @@ static void work_off(struct one_sided_call *call) {
     }
 }
 
-static void *help(void *about) {
+static void *help(void *about)
+{
     work_off(about);
     return NULL;
 }
 
-static void shuffle(struct one_sided_call *call) {
+static void shuffle(struct one_sided_call *call)
+{
     for (size_t i = 0; i < call->count; i++)
         call->order[i] = i;
     for (size_t i = call->count; i > 1; i--) {
@@ -93,7 +100,8 @@ static void shuffle(struct one_sided_call *call) {
 }
 
 /* A second thread takes part in some calls; never where requests wait, for a task has one waiting thread. */
-static void work_together(struct one_sided_call *call) {
+static void work_together(struct one_sided_call *call)
+{
     pthread_t helper;
     bool alone = call->count < 2 || call->fault.action != SIM_NONE || !call->work[0].window.mapped ||
                  sim_random_below(2) == 0 || sim_thread_start(&helper, "hccl-one-sided", help, call) != 0;
@@ -102,7 +110,8 @@ static void work_together(struct one_sided_call *call) {
         pthread_join(helper, NULL);
 }
 
-static int inject(struct one_sided_call *call) {
+static int inject(struct one_sided_call *call)
+{
     const char *where = call->put ? "exec.put" : "exec.get";
     call->fault = sim_fault(where, call->communicator->device->id, &call->task, NULL, NULL);
     if (call->fault.action == SIM_CODE)
@@ -116,7 +125,8 @@ static int inject(struct one_sided_call *call) {
     return 0;
 }
 
-static int run(struct sim_task *task) {
+static int run(struct sim_task *task)
+{
     struct one_sided_call *call = (struct one_sided_call *)task;
     int code = inject(call);
     for (size_t i = 0; code == 0 && i < call->count; i++)
@@ -135,7 +145,8 @@ static int run(struct sim_task *task) {
     return code;
 }
 
-static void end(struct sim_task *task, int code) {
+static void end(struct sim_task *task, int code)
+{
     struct one_sided_call *call = (struct one_sided_call *)task;
     struct communicator *c = call->communicator;
     reception_lock();
@@ -157,7 +168,8 @@ static void end(struct sim_task *task, int code) {
 
 /* ---- the call ---- */
 
-static void discard(struct one_sided_call *call) {
+static void discard(struct one_sided_call *call)
+{
     for (size_t i = 0; i < call->task.use_count; i++)
         sim_view_close(&call->task.uses[i].view);
     free(call->task.uses);
@@ -165,7 +177,8 @@ static void discard(struct one_sided_call *call) {
     free(call);
 }
 
-static struct one_sided_call *new_call(const char *function, struct link *link, bool put, size_t count) {
+static struct one_sided_call *new_call(const char *function, struct link *link, bool put, size_t count)
+{
     struct one_sided_call *call = calloc(1, sizeof *call + count * sizeof call->work[0]);
     if (call == NULL)
         return NULL;
@@ -185,7 +198,8 @@ static struct one_sided_call *new_call(const char *function, struct link *link, 
 }
 
 /* The one region of the peer in which the whole range lies. */
-static const struct peer_region *remote_region(const struct link *link, uint64_t address, uint64_t size) {
+static const struct peer_region *remote_region(const struct link *link, uint64_t address, uint64_t size)
+{
     for (size_t i = 0; i < link->region_count; i++) {
         const struct peer_region *region = &link->regions[i];
         if (address >= region->address && address - region->address <= region->size &&
@@ -196,19 +210,23 @@ static const struct peer_region *remote_region(const struct link *link, uint64_t
 }
 
 /* Mutex held: bindings do not change meanwhile. */
-static HcclResult check_local(struct one_sided_call *call, size_t i, void *address, uint64_t size) {
+static HcclResult check_local(struct one_sided_call *call, size_t i, void *address, uint64_t size)
+{
     struct communicator *c = call->communicator;
     const char *function = call->task.what;
     const struct binding *b = binding_of(c, address, size);
     if (b == NULL)
-        return sim_refuse("out_of_bounds", HCCL_E_PARA, "%s: descriptor %zu: local %p and %llu bytes are not within one region "
-                          "bound to \"%s\"", function, i, address, (unsigned long long)size, c->name);
+        return sim_refuse("out_of_bounds", HCCL_E_PARA,
+                          "%s: descriptor %zu: local %p and %llu bytes are not within one region "
+                          "bound to \"%s\"",
+                          function, i, address, (unsigned long long)size, c->name);
     if (b->registration->memory.type == COMM_MEM_HOST && !c->members[call->link->peer].roce)
         return sim_fail(HCCL_E_NOT_SUPPORT, "%s: descriptor %zu: host memory does not go over HCCS", function, i);
     return HCCL_SUCCESS;
 }
 
-static HcclResult add_work(struct one_sided_call *call, size_t i, const HcclOneSideOpDesc *desc, uint64_t size) {
+static HcclResult add_work(struct one_sided_call *call, size_t i, const HcclOneSideOpDesc *desc, uint64_t size)
+{
     const char *function = call->task.what;
     uint64_t remote = (uint64_t)(uintptr_t)desc->remoteAddr;
     reception_lock();
@@ -218,30 +236,34 @@ static HcclResult add_work(struct one_sided_call *call, size_t i, const HcclOneS
     if (result != HCCL_SUCCESS)
         return result;
     if (region == NULL)
-        return sim_refuse("out_of_bounds", HCCL_E_PARA, "%s: descriptor %zu: remote %p and %llu bytes are not within one region "
-                          "that rank %u has bound", function, i, desc->remoteAddr, (unsigned long long)size, call->link->peer);
+        return sim_refuse("out_of_bounds", HCCL_E_PARA,
+                          "%s: descriptor %zu: remote %p and %llu bytes are not within one region "
+                          "that rank %u has bound",
+                          function, i, desc->remoteAddr, (unsigned long long)size, call->link->peer);
     struct sim_use *use = &call->task.uses[i];
     if (sim_view_open(function, desc->localAddr, size, &use->view) != 0)
         return HCCL_E_PARA;
     use->writes = !call->put;
     call->task.use_count++;
     uint64_t offset = remote - region->address;
-    call->work[i] = (struct piece_of_work){
-        .own = &use->view,
-        .remote = remote,
-        .window = {.link = call->link,
-                   .kind = WINDOW_REGION,
-                   .number = region->number,
-                   .offset = offset,
-                   .file_offset = region->offset + offset,
-                   .mapped = call->communicator->members[call->link->peer].same_server && region->type == COMM_MEM_DEVICE,
-                   .cancelled = destroyed,
-                   .about = call}};
+    call->work[i] =
+        (struct piece_of_work){.own = &use->view,
+                               .remote = remote,
+                               .window = {.link = call->link,
+                                          .kind = WINDOW_REGION,
+                                          .number = region->number,
+                                          .offset = offset,
+                                          .file_offset = region->offset + offset,
+                                          .mapped = call->communicator->members[call->link->peer].same_server &&
+                                                    region->type == COMM_MEM_DEVICE,
+                                          .cancelled = destroyed,
+                                          .about = call}};
     return HCCL_SUCCESS;
 }
 
 /* Nobody orders the descriptors of one call: what one of them writes, no other may touch. */
-static HcclResult check_overlap(const struct one_sided_call *call) {
+static HcclResult check_overlap(const struct one_sided_call *call)
+{
     for (size_t i = 0; i < call->count; i++)
         for (size_t j = 0; j < i; j++) {
             const struct piece_of_work *a = &call->work[i], *b = &call->work[j];
@@ -254,7 +276,8 @@ static HcclResult check_overlap(const struct one_sided_call *call) {
     return HCCL_SUCCESS;
 }
 
-static HcclResult fill(struct one_sided_call *call, const HcclOneSideOpDesc *desc, size_t count) {
+static HcclResult fill(struct one_sided_call *call, const HcclOneSideOpDesc *desc, size_t count)
+{
     const char *function = call->task.what;
     for (size_t i = 0; i < count; i++) {
         uint64_t size = hccl_type_bytes(desc[i].dataType);
@@ -263,7 +286,8 @@ static HcclResult fill(struct one_sided_call *call, const HcclOneSideOpDesc *des
         if (desc[i].localAddr == NULL || desc[i].remoteAddr == NULL)
             return sim_fail(HCCL_E_PTR, "%s: descriptor %zu: NULL", function, i);
         if (desc[i].count == 0 || desc[i].count > HCCL_COUNT_MAX)
-            return sim_fail(HCCL_E_PARA, "%s: descriptor %zu: count %llu", function, i, (unsigned long long)desc[i].count);
+            return sim_fail(HCCL_E_PARA, "%s: descriptor %zu: count %llu", function, i,
+                            (unsigned long long)desc[i].count);
         HcclResult result = add_work(call, i, &desc[i], desc[i].count * size);
         if (result != HCCL_SUCCESS)
             return result;
@@ -272,14 +296,16 @@ static HcclResult fill(struct one_sided_call *call, const HcclOneSideOpDesc *des
 }
 
 /* The call is no longer ours. */
-static HcclResult submit(struct one_sided_call *call, struct sim_stream *stream) {
+static HcclResult submit(struct one_sided_call *call, struct sim_stream *stream)
+{
     struct communicator *c = call->communicator;
     const char *function = call->task.what;
     HcclResult result = HCCL_SUCCESS;
     reception_lock();
     if (c->queued > 0 && c->stream != stream)
-        result = sim_misuse("comm_two_streams", HCCL_E_PARA, "%s: operations of \"%s\" are queued on stream %d, this is %d",
-                            function, c->name, sim_stream_id(c->stream), sim_stream_id(stream));
+        result =
+            sim_misuse("comm_two_streams", HCCL_E_PARA, "%s: operations of \"%s\" are queued on stream %d, this is %d",
+                       function, c->name, sim_stream_id(c->stream), sim_stream_id(stream));
     if (result == HCCL_SUCCESS) {
         call->next = c->one_sided;
         c->one_sided = call;
@@ -297,7 +323,8 @@ static HcclResult submit(struct one_sided_call *call, struct sim_stream *stream)
 }
 
 static HcclResult check_call(const char *function, struct communicator *c, uint32_t peer, const HcclOneSideOpDesc *desc,
-                             uint32_t count, aclrtStream stream) {
+                             uint32_t count, aclrtStream stream)
+{
     if (peer >= c->ranks || peer == c->rank)
         return sim_fail(HCCL_E_PARA, "%s: rank %u of %u, the own one is %u", function, peer, c->ranks, c->rank);
     if (count > HCCL_ONE_SIDED_DESCRIPTORS_MAX)
@@ -312,7 +339,8 @@ static HcclResult check_call(const char *function, struct communicator *c, uint3
 }
 
 static HcclResult batch(const char *function, bool put, HcclComm comm, uint32_t peer, const HcclOneSideOpDesc *desc,
-                        uint32_t count, aclrtStream handle) {
+                        uint32_t count, aclrtStream handle)
+{
     struct sim_context *context;
     struct communicator *c;
     struct sim_stream *stream = NULL;
@@ -335,10 +363,14 @@ static HcclResult batch(const char *function, bool put, HcclComm comm, uint32_t 
     return result;
 }
 
-SIM_API HcclResult HcclBatchPut(HcclComm comm, uint32_t peer, HcclOneSideOpDesc *desc, uint32_t count, aclrtStream stream) {
+SIM_API HcclResult HcclBatchPut(HcclComm comm, uint32_t peer, HcclOneSideOpDesc *desc, uint32_t count,
+                                aclrtStream stream)
+{
     return batch("HcclBatchPut", true, comm, peer, desc, count, stream);
 }
 
-SIM_API HcclResult HcclBatchGet(HcclComm comm, uint32_t peer, HcclOneSideOpDesc *desc, uint32_t count, aclrtStream stream) {
+SIM_API HcclResult HcclBatchGet(HcclComm comm, uint32_t peer, HcclOneSideOpDesc *desc, uint32_t count,
+                                aclrtStream stream)
+{
     return batch("HcclBatchGet", false, comm, peer, desc, count, stream);
 }

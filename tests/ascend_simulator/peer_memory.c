@@ -1,5 +1,6 @@
-/* How bytes get to and from a peer's memory: through a mapping of its device's file on the same server, by requests that the
- * peer's reception answers otherwise. Who starts a copy does it, so that no peer ever writes here by itself after a stop. */
+/* How bytes get to and from a peer's memory: through a mapping of its device's file on the same server, by requests
+ * that the peer's reception answers otherwise. Who starts a copy does it, so that no peer ever writes here by itself
+ * after a stop. */
 #include "communicator.h"
 
 #include <stdlib.h>
@@ -24,7 +25,8 @@ static uint64_t last_request;
 
 /* ---- the mapping ---- */
 
-void peer_memory_send(struct link *link) {
+void peer_memory_send(struct link *link)
+{
     if (link->memory_sent || link->socket == NULL || !socket_is_local(link->socket))
         return;
     int fd = sim_device_file(link->communicator->device);
@@ -34,7 +36,8 @@ void peer_memory_send(struct link *link) {
     link->memory_sent = true;
 }
 
-void peer_memory_map(struct link *link, int fd) {
+void peer_memory_map(struct link *link, int fd)
+{
     struct stat status;
     if (fd < 0 || link->map != NULL || fstat(fd, &status) != 0)
         return;
@@ -47,7 +50,8 @@ void peer_memory_map(struct link *link, int fd) {
     pthread_rwlock_unlock(&link->map_lock);
 }
 
-void peer_memory_lose(struct link *link) {
+void peer_memory_lose(struct link *link)
+{
     pthread_rwlock_wrlock(&link->map_lock);
     atomic_store(&link->dead, true);
     if (link->map != NULL)
@@ -55,7 +59,8 @@ void peer_memory_lose(struct link *link) {
     pthread_rwlock_unlock(&link->map_lock);
 }
 
-void peer_memory_free(struct link *link) {
+void peer_memory_free(struct link *link)
+{
     if (link->map != NULL)
         munmap(link->map, link->map_size);
     link->map = NULL;
@@ -70,7 +75,8 @@ struct mapped_copy {
 };
 
 /* Between two pieces: lets the end of the peer come in, then looks for it. */
-static int look(void *about) {
+static int look(void *about)
+{
     const struct mapped_copy *copy = about;
     const struct peer_window *window = copy->window;
     pthread_rwlock_unlock(&window->link->map_lock);
@@ -83,14 +89,16 @@ static int look(void *about) {
 }
 
 static int copy_mapped(struct sim_task *task, const struct peer_window *window, const struct sim_view *own, size_t at,
-                       size_t size, bool to_peer, struct sim_fault fault) {
+                       size_t size, bool to_peer, struct sim_fault fault)
+{
     struct link *link = window->link;
     struct mapped_copy about = {window, own, task->what};
     pthread_rwlock_rdlock(&link->map_lock);
     int code;
     if (atomic_load(&link->dead)) {
         code = PEER_GONE;
-    } else if (link->map == NULL || window->file_offset > link->map_size || size > link->map_size - window->file_offset) {
+    } else if (link->map == NULL || window->file_offset > link->map_size ||
+               size > link->map_size - window->file_offset) {
         code = sim_fail(ACL_INTERNAL_ERROR, "%s: the peer's memory is not mapped", task->what);
     } else {
         unsigned char *here = own->bytes + at, *there = link->map + window->file_offset;
@@ -103,14 +111,16 @@ static int copy_mapped(struct sim_task *task, const struct peer_window *window, 
 
 /* ---- copies by requests ---- */
 
-static struct remote_request *find_request(struct link *link, uint64_t number) {
+static struct remote_request *find_request(struct link *link, uint64_t number)
+{
     struct remote_request *request = link->requests;
     while (request != NULL && request->number != number)
         request = request->next;
     return request;
 }
 
-static void remove_request(struct link *link, struct remote_request *request) {
+static void remove_request(struct link *link, struct remote_request *request)
+{
     for (struct remote_request **at = &link->requests; *at != NULL; at = &(*at)->next)
         if (*at == request) {
             *at = request->next;
@@ -118,7 +128,8 @@ static void remove_request(struct link *link, struct remote_request *request) {
         }
 }
 
-void peer_memory_fail_requests(struct link *link) {
+void peer_memory_fail_requests(struct link *link)
+{
     for (struct remote_request *request = link->requests; request != NULL; request = request->next) {
         request->done = true;
         request->result = PEER_GONE;
@@ -126,7 +137,8 @@ void peer_memory_fail_requests(struct link *link) {
     }
 }
 
-static void await_request(const struct peer_window *window, struct remote_request *request) {
+static void await_request(const struct peer_window *window, struct remote_request *request)
+{
     while (!request->done && !window->link->communicator->closing && !sim_task_aborted(request->task)) {
         reception_unlock();
         bool cancelled = window->cancelled != NULL && window->cancelled(window->about);
@@ -144,7 +156,8 @@ static void await_request(const struct peer_window *window, struct remote_reques
 
 /* One piece of at most REQUEST_BYTES, `offset` bytes behind the beginning of the window. */
 static int ask(struct sim_task *task, const struct peer_window *window, size_t offset, char *bytes, size_t size,
-               bool to_peer) {
+               bool to_peer)
+{
     struct link *link = window->link;
     struct remote_request request = {.task = task, .bytes = bytes, .size = size};
     struct frame frame = {.kind = to_peer ? FRAME_WRITE : FRAME_READ,
@@ -172,7 +185,8 @@ struct asked_copy {
     const char *what;
 };
 
-static int look_while_asking(void *about) {
+static int look_while_asking(void *about)
+{
     const struct asked_copy *copy = about;
     if (copy->window->cancelled != NULL && copy->window->cancelled(copy->window->about))
         return PEER_CANCELLED;
@@ -181,7 +195,8 @@ static int look_while_asking(void *about) {
 
 /* A piece goes through a buffer, with the copy engine on the side of our own memory. */
 static int copy_piece(struct sim_task *task, const struct peer_window *window, const struct sim_view *own, size_t at,
-                      size_t done, char *buffer, size_t piece, bool to_peer) {
+                      size_t done, char *buffer, size_t piece, bool to_peer)
+{
     struct asked_copy about = {window, own, task->what};
     unsigned char *here = own->bytes + at + done;
     struct sim_copy copy = {to_peer ? (unsigned char *)buffer : here, to_peer ? here : (unsigned char *)buffer, piece,
@@ -194,7 +209,8 @@ static int copy_piece(struct sim_task *task, const struct peer_window *window, c
 }
 
 static int copy_asking(struct sim_task *task, const struct peer_window *window, const struct sim_view *own, size_t at,
-                       size_t size, bool to_peer, struct sim_fault fault) {
+                       size_t size, bool to_peer, struct sim_fault fault)
+{
     if (fault.action == SIM_DROP)
         return 0;
     if (fault.action == SIM_CODE)
@@ -220,29 +236,33 @@ static int copy_asking(struct sim_task *task, const struct peer_window *window, 
 }
 
 int peer_memory_copy(struct sim_task *task, const struct peer_window *window, const struct sim_view *own, size_t at,
-                     size_t size, bool to_peer, struct sim_fault fault) {
+                     size_t size, bool to_peer, struct sim_fault fault)
+{
     return (window->mapped ? copy_mapped : copy_asking)(task, window, own, at, size, to_peer, fault);
 }
 
 /* ---- answering a peer ---- */
 
-static unsigned char *asked_for(struct link *link, const struct frame *frame) {
+static unsigned char *asked_for(struct link *link, const struct frame *frame)
+{
     uint64_t number = frame->value[1], offset = frame->value[2], size = frame->value[3];
     if (frame->value[0] == WINDOW_REGION)
         return one_sided_window(link, number, offset, size);
     return send_receive_window(link, frame->flags, number, offset, size);
 }
 
-/* What the network does to the memory of a process behind its back. The order between that process's own work and a peer's
- * request is made outside, by messages that ThreadSanitizer cannot see, so it does not look here. */
-__attribute__((no_sanitize("thread"))) static void move_behind_the_back(void *to, const void *from, size_t size) {
+/* What the network does to the memory of a process behind its back. The order between that process's own work and a
+ * peer's request is made outside, by messages that ThreadSanitizer cannot see, so it does not look here. */
+__attribute__((no_sanitize("thread"))) static void move_behind_the_back(void *to, const void *from, size_t size)
+{
     volatile unsigned char *target = to;
     const volatile unsigned char *source = from;
     for (size_t i = 0; i < size; i++)
         target[i] = source[i];
 }
 
-static void answer(struct link *link, const struct frame *frame, const char *body) {
+static void answer(struct link *link, const struct frame *frame, const char *body)
+{
     size_t size = frame->value[3];
     unsigned char *bytes = size <= REQUEST_BYTES ? asked_for(link, frame) : NULL;
     char *copy = bytes != NULL && frame->kind == FRAME_READ ? malloc(size) : NULL;
@@ -259,7 +279,8 @@ static void answer(struct link *link, const struct frame *frame, const char *bod
     free(copy);
 }
 
-static void finish(struct link *link, const struct frame *frame, const char *body) {
+static void finish(struct link *link, const struct frame *frame, const char *body)
+{
     struct remote_request *request = find_request(link, frame->number);
     if (request == NULL)
         return; /* aborted meanwhile */
@@ -270,7 +291,8 @@ static void finish(struct link *link, const struct frame *frame, const char *bod
     sim_task_wake(request->task);
 }
 
-void peer_memory_frame(struct link *link, const struct frame *frame, const char *body) {
+void peer_memory_frame(struct link *link, const struct frame *frame, const char *body)
+{
     if (link->socket == NULL)
         return;
     if (frame->kind == FRAME_DONE)

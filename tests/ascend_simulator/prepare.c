@@ -7,7 +7,8 @@
 /* ---- the list of regions ---- */
 
 /* Host memory is shown to peers that are reached over the network only. Mutex held. */
-static struct peer_region *list_regions(struct communicator *c, bool with_host, size_t *count) {
+static struct peer_region *list_regions(struct communicator *c, bool with_host, size_t *count)
+{
     size_t all = 0;
     for (struct binding *b = c->bindings; b != NULL; b = b->next)
         b->number = all++;
@@ -27,7 +28,8 @@ static struct peer_region *list_regions(struct communicator *c, bool with_host, 
     return regions;
 }
 
-static HcclResult show(struct link *link) {
+static HcclResult show(struct link *link)
+{
     struct communicator *c = link->communicator;
     size_t count;
     struct peer_region *regions = list_regions(c, c->members[link->peer].roce, &count);
@@ -36,13 +38,14 @@ static HcclResult show(struct link *link) {
         result = sim_fail(HCCL_E_MEMORY, "HcclCommPrepare: too many regions");
     peer_memory_send(link);
     if (result == HCCL_SUCCESS && link->socket != NULL)
-        socket_send(link->socket, (struct frame){.kind = FRAME_PREPARED, .body = (uint32_t)(count * sizeof *regions)}, regions,
-                    -1);
+        socket_send(link->socket, (struct frame){.kind = FRAME_PREPARED, .body = (uint32_t)(count * sizeof *regions)},
+                    regions, -1);
     free(regions);
     return result;
 }
 
-void one_sided_frame(struct link *link, const struct frame *frame, const char *body) {
+void one_sided_frame(struct link *link, const struct frame *frame, const char *body)
+{
     if (frame->kind == FRAME_UNPREPARED) {
         link->prepared_heard = false;
     } else if (frame->kind == FRAME_PREPARED && !link->communicator->prepared) {
@@ -57,7 +60,8 @@ void one_sided_frame(struct link *link, const struct frame *frame, const char *b
 }
 
 /* What a peer asks for by frames: part of a region that was shown to it, still bound and not freed. */
-unsigned char *one_sided_window(struct link *link, uint64_t number, uint64_t offset, uint64_t size) {
+unsigned char *one_sided_window(struct link *link, uint64_t number, uint64_t offset, uint64_t size)
+{
     struct communicator *c = link->communicator;
     for (struct binding *b = c->bindings; b != NULL; b = b->next) {
         struct registration *r = b->registration;
@@ -73,18 +77,20 @@ unsigned char *one_sided_window(struct link *link, uint64_t number, uint64_t off
 
 /* ---- the call ---- */
 
-static HcclResult check_wire(struct communicator *c) {
+static HcclResult check_wire(struct communicator *c)
+{
     for (uint32_t peer = 0; peer < c->ranks; peer++) {
         const struct member *member = &c->members[peer];
         if (peer != c->rank && !member->roce && member->same_server &&
             !sim_devices_linked(c->device->physical, (int)member->physical))
-            return sim_fail(HCCL_E_NOT_SUPPORT, "HcclCommPrepare: no HCCS between devices %d and %u", c->device->physical,
-                            member->physical);
+            return sim_fail(HCCL_E_NOT_SUPPORT, "HcclCommPrepare: no HCCS between devices %d and %u",
+                            c->device->physical, member->physical);
     }
     return HCCL_SUCCESS;
 }
 
-static HcclResult meet_all(struct communicator *c, uint64_t deadline) {
+static HcclResult meet_all(struct communicator *c, uint64_t deadline)
+{
     HcclResult result = HCCL_SUCCESS;
     for (uint32_t peer = 0; peer < c->ranks && result == HCCL_SUCCESS; peer++) {
         if (peer == c->rank)
@@ -101,7 +107,8 @@ static HcclResult meet_all(struct communicator *c, uint64_t deadline) {
     return result;
 }
 
-static HcclResult await_regions(struct link *link, uint64_t deadline) {
+static HcclResult await_regions(struct link *link, uint64_t deadline)
+{
     struct communicator *c = link->communicator;
     while (!link->prepared_heard) {
         if (c->closing)
@@ -116,7 +123,8 @@ static HcclResult await_regions(struct link *link, uint64_t deadline) {
 }
 
 /* Everybody is there. Mutex held. */
-static HcclResult exchange(struct communicator *c, uint64_t deadline) {
+static HcclResult exchange(struct communicator *c, uint64_t deadline)
+{
     HcclResult result = HCCL_SUCCESS;
     for (uint32_t peer = 0; peer < c->ranks && result == HCCL_SUCCESS; peer++)
         if (peer != c->rank)
@@ -131,7 +139,8 @@ static HcclResult exchange(struct communicator *c, uint64_t deadline) {
     return result;
 }
 
-static HcclResult prepare(struct communicator *c, const HcclPrepareConfig *config, int timeout) {
+static HcclResult prepare(struct communicator *c, const HcclPrepareConfig *config, int timeout)
+{
     if (config == NULL)
         return sim_fail(HCCL_E_PTR, "HcclCommPrepare: config is NULL");
     if (config->topoType != 0)
@@ -155,7 +164,8 @@ static HcclResult prepare(struct communicator *c, const HcclPrepareConfig *confi
     return result;
 }
 
-SIM_API HcclResult HcclCommPrepare(HcclComm comm, const HcclPrepareConfig *config, const int timeout) {
+SIM_API HcclResult HcclCommPrepare(HcclComm comm, const HcclPrepareConfig *config, const int timeout)
+{
     struct communicator *c;
     HcclResult result = communicator_enter("HcclCommPrepare", comm, true, NULL, &c);
     if (result != HCCL_SUCCESS)

@@ -29,7 +29,8 @@ struct field {
     bool required;
 };
 
-__attribute__((format(printf, 2, 3))) static bool refuse(struct parse *p, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static bool refuse(struct parse *p, const char *format, ...)
+{
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(p->reason, p->reason_size, format, arguments);
@@ -38,7 +39,8 @@ __attribute__((format(printf, 2, 3))) static bool refuse(struct parse *p, const 
 }
 
 /* The object has the required fields, none that nobody knows, and each is of its kind. */
-static bool check_fields(struct parse *p, const struct json *object, const char *where, const struct field *fields) {
+static bool check_fields(struct parse *p, const struct json *object, const char *where, const struct field *fields)
+{
     if (object->kind != JSON_OBJECT)
         return refuse(p, "%s must be an object, not %s", where, json_kind_name(object->kind));
     for (const struct field *field = fields; field->name != NULL; field++)
@@ -58,7 +60,8 @@ static bool check_fields(struct parse *p, const struct json *object, const char 
 }
 
 /* A decimal number as text: digits only, no leading zero. */
-static bool read_number(const char *text, uint64_t limit, uint64_t *value) {
+static bool read_number(const char *text, uint64_t limit, uint64_t *value)
+{
     size_t digits = strspn(text, "0123456789");
     if (digits == 0 || digits > 19 || text[digits] != '\0' || (digits > 1 && text[0] == '0'))
         return false;
@@ -69,7 +72,8 @@ static bool read_number(const char *text, uint64_t limit, uint64_t *value) {
 }
 
 static bool number_field(struct parse *p, const struct json *object, const char *name, uint64_t low, uint64_t high,
-                         uint64_t absent, uint64_t *value) {
+                         uint64_t absent, uint64_t *value)
+{
     const struct json *member = json_member(object, name);
     *value = absent;
     if (member == NULL || (read_number(member->text, high, value) && *value >= low))
@@ -78,13 +82,15 @@ static bool number_field(struct parse *p, const struct json *object, const char 
                   (unsigned long long)high, member->text);
 }
 
-static bool valid_address(const char *text) {
+static bool valid_address(const char *text)
+{
     struct in6_addr address;
     return inet_pton(AF_INET, text, &address) == 1 || inet_pton(AF_INET6, text, &address) == 1;
 }
 
 /* Notes every address of a comma-separated list; each may stand in a table once. */
-static bool address_list(struct parse *p, const struct json *device, const char *name, char *first) {
+static bool address_list(struct parse *p, const struct json *device, const char *name, char *first)
+{
     const struct json *member = json_member(device, name);
     if (member == NULL || member->text[0] == '\0')
         return true;
@@ -110,19 +116,23 @@ static bool address_list(struct parse *p, const struct json *device, const char 
     return true;
 }
 
-static bool read_device(struct parse *p, const struct json *device, int server) {
+static bool read_device(struct parse *p, const struct json *device, int server)
+{
     static const struct field fields[] = {
-        {"device_id", JSON_STRING, true},        {"rank_id", JSON_STRING, true},
-        {"device_ip", JSON_STRING, false},       {"device_port", JSON_STRING, false},
-        {"host_port", JSON_STRING, false},       {"super_device_id", JSON_STRING, false},
-        {"backup_device_ip", JSON_STRING, false}, {"backup_device_port", JSON_STRING, false},
+        {"device_id", JSON_STRING, true},
+        {"rank_id", JSON_STRING, true},
+        {"device_ip", JSON_STRING, false},
+        {"device_port", JSON_STRING, false},
+        {"host_port", JSON_STRING, false},
+        {"super_device_id", JSON_STRING, false},
+        {"backup_device_ip", JSON_STRING, false},
+        {"backup_device_port", JSON_STRING, false},
         {NULL, JSON_NULL, false},
     };
     static const char *const of_1_2[] = {"super_device_id", "backup_device_ip", "backup_device_port"};
     uint64_t id, rank, port, unused;
     char backup[INET6_ADDRSTRLEN] = "";
-    if (!check_fields(p, device, "a device", fields) ||
-        !number_field(p, device, "device_id", 0, UINT32_MAX, 0, &id) ||
+    if (!check_fields(p, device, "a device", fields) || !number_field(p, device, "device_id", 0, UINT32_MAX, 0, &id) ||
         !number_field(p, device, "rank_id", 0, RANK_TABLE_RANKS_MAX - 1, 0, &rank) ||
         !number_field(p, device, "device_port", 1024, 65535, RANK_TABLE_DEFAULT_PORT, &port) ||
         !number_field(p, device, "host_port", 1024, 65535, 0, &unused) ||
@@ -146,11 +156,11 @@ static bool read_device(struct parse *p, const struct json *device, int server) 
         p->server_first_rank[server] = (uint32_t)rank;
     if (rank > p->server_last_rank[server])
         p->server_last_rank[server] = (uint32_t)rank;
-    return address_list(p, device, "device_ip", entry->address) &&
-           address_list(p, device, "backup_device_ip", backup);
+    return address_list(p, device, "device_ip", entry->address) && address_list(p, device, "backup_device_ip", backup);
 }
 
-static bool read_server(struct parse *p, const struct json *server) {
+static bool read_server(struct parse *p, const struct json *server)
+{
     static const struct field fields[] = {
         {"server_id", JSON_STRING, true},
         {"device", JSON_ARRAY, true},
@@ -183,7 +193,8 @@ static bool read_server(struct parse *p, const struct json *server) {
     return true;
 }
 
-static bool read_servers(struct parse *p, const struct json *top) {
+static bool read_servers(struct parse *p, const struct json *top)
+{
     const struct json *list = json_member(top, "server_list");
     size_t length = json_length(list);
     uint64_t count;
@@ -202,7 +213,8 @@ static bool read_servers(struct parse *p, const struct json *top) {
     return true;
 }
 
-static int find_server(const struct parse *p, const char *id) {
+static int find_server(const struct parse *p, const char *id)
+{
     for (int i = 0; i < p->table->servers; i++)
         if (strcmp(p->server_ids[i], id) == 0)
             return i;
@@ -210,7 +222,8 @@ static int find_server(const struct parse *p, const char *id) {
 }
 
 /* The servers of one super pod follow each other in the table's list. */
-static bool read_pod(struct parse *p, const struct json *pod, int index, int *pod_of_server) {
+static bool read_pod(struct parse *p, const struct json *pod, int index, int *pod_of_server)
+{
     static const struct field fields[] = {
         {"super_pod_id", JSON_STRING, true}, {"server_list", JSON_ARRAY, true}, {NULL, JSON_NULL, false}};
     static const struct field server_fields[] = {{"server_id", JSON_STRING, true}, {NULL, JSON_NULL, false}};
@@ -239,7 +252,8 @@ static bool read_pod(struct parse *p, const struct json *pod, int index, int *po
     return true;
 }
 
-static bool read_pods(struct parse *p, const struct json *list) {
+static bool read_pods(struct parse *p, const struct json *list)
+{
     int pod_of_server[RANK_TABLE_RANKS_MAX];
     for (int i = 0; i < RANK_TABLE_RANKS_MAX; i++)
         pod_of_server[i] = -1;
@@ -262,10 +276,11 @@ static bool read_pods(struct parse *p, const struct json *list) {
     return true;
 }
 
-static bool read_top(struct parse *p, const struct json *top) {
+static bool read_top(struct parse *p, const struct json *top)
+{
     static const struct field fields[] = {
-        {"version", JSON_STRING, true},      {"status", JSON_STRING, true},        {"server_count", JSON_STRING, false},
-        {"server_list", JSON_ARRAY, true},   {"super_pod_list", JSON_ARRAY, false}, {NULL, JSON_NULL, false},
+        {"version", JSON_STRING, true},    {"status", JSON_STRING, true},         {"server_count", JSON_STRING, false},
+        {"server_list", JSON_ARRAY, true}, {"super_pod_list", JSON_ARRAY, false}, {NULL, JSON_NULL, false},
     };
     if (!check_fields(p, top, "the table", fields))
         return false;
@@ -287,14 +302,16 @@ static bool read_top(struct parse *p, const struct json *top) {
     return pods == NULL || read_pods(p, pods);
 }
 
-uint64_t rank_table_digest(const char *text) {
+uint64_t rank_table_digest(const char *text)
+{
     uint64_t hash = 14695981039346656037ull; /* FNV-1a */
     for (; *text != '\0'; text++)
         hash = (hash ^ (unsigned char)*text) * 1099511628211ull;
     return hash;
 }
 
-bool rank_table_parse(const char *text, bool super_pods, struct rank_table *table, char *reason, size_t reason_size) {
+bool rank_table_parse(const char *text, bool super_pods, struct rank_table *table, char *reason, size_t reason_size)
+{
     struct parse parse = {.table = table, .super_pods = super_pods, .reason = reason, .reason_size = reason_size};
     memset(table, 0, sizeof *table);
     if (strnlen(text, RANK_TABLE_BYTES_MAX + 1) > RANK_TABLE_BYTES_MAX)
@@ -308,7 +325,8 @@ bool rank_table_parse(const char *text, bool super_pods, struct rank_table *tabl
     return good;
 }
 
-bool rank_table_near(const struct rank_table *table, uint32_t a, uint32_t b) {
+bool rank_table_near(const struct rank_table *table, uint32_t a, uint32_t b)
+{
     const struct rank_entry *one = &table->entry[a], *other = &table->entry[b];
     return one->server == other->server || (one->pod >= 0 && one->pod == other->pod);
 }

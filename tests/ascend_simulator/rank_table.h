@@ -11,8 +11,8 @@
 #define RANK_TABLE_RANKS_MAX 64
 
 struct rank_entry {
-    int server; /* index in the table */
-    uint32_t device; /* physical id on its server */
+    int server;                     /* index in the table */
+    uint32_t device;                /* physical id on its server */
     char address[INET6_ADDRSTRLEN]; /* the first one of the list, empty without */
     uint16_t port;
     int pod; /* index of the super pod, -1 without */
@@ -23,7 +23,7 @@ struct rank_table {
     uint32_t ranks;
     int servers;
     int pods;
-    uint64_t digest; /* of the text */
+    uint64_t digest;                               /* of the text */
     struct rank_entry entry[RANK_TABLE_RANKS_MAX]; /* by rank */
 };
 

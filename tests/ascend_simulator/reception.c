@@ -43,7 +43,7 @@ struct socket {
     bool local;
     bool closed;
     bool finishing; /* its owner has left: what it still has to say is sent, what comes is thrown away */
-    bool reading; /* on the stack of socket_readable: not freed before that returns */
+    bool reading;   /* on the stack of socket_readable: not freed before that returns */
     accept_callback *accepted;
     frame_callback *frames;
     end_callback *ended;
@@ -65,26 +65,31 @@ static pthread_t thread;
 static bool thread_ending; /* its last holder is waiting for it */
 static pthread_cond_t thread_ended = PTHREAD_COND_INITIALIZER;
 
-void reception_lock(void) {
+void reception_lock(void)
+{
     pthread_mutex_lock(&lock);
 }
 
-void reception_unlock(void) {
+void reception_unlock(void)
+{
     pthread_mutex_unlock(&lock);
 }
 
-bool reception_wait(pthread_cond_t *condition, uint64_t deadline) {
+bool reception_wait(pthread_cond_t *condition, uint64_t deadline)
+{
     return sim_condition_wait(condition, &lock, deadline);
 }
 
 /* ---- sockets and the kernel's events ---- */
 
-static void interest(struct socket *s, int operation) {
+static void interest(struct socket *s, int operation)
+{
     struct epoll_event event = {.events = EPOLLIN | (s->first != NULL ? EPOLLOUT : 0), .data.u64 = s->id};
     epoll_ctl(poller, operation, s->fd, &event);
 }
 
-static struct socket *new_socket(int fd, bool local) {
+static struct socket *new_socket(int fd, bool local)
+{
     struct socket *s = calloc(1, sizeof *s);
     if (s == NULL)
         return NULL;
@@ -95,7 +100,8 @@ static struct socket *new_socket(int fd, bool local) {
     return s;
 }
 
-static void drop_parcels(struct socket *s) {
+static void drop_parcels(struct socket *s)
+{
     while (s->first != NULL) {
         struct parcel *parcel = s->first;
         s->first = parcel->next;
@@ -106,7 +112,8 @@ static void drop_parcels(struct socket *s) {
     s->last = &s->first;
 }
 
-static void free_socket(struct socket *s) {
+static void free_socket(struct socket *s)
+{
     drop_parcels(s);
     if (s->arrived_fd >= 0)
         close(s->arrived_fd);
@@ -114,7 +121,8 @@ static void free_socket(struct socket *s) {
     free(s);
 }
 
-void socket_close(struct socket *s) {
+void socket_close(struct socket *s)
+{
     if (s->closed)
         return;
     s->closed = true;
@@ -128,11 +136,13 @@ void socket_close(struct socket *s) {
         free_socket(s);
 }
 
-static void ignore_frame(struct socket *s, void *owner, const struct frame *frame, const char *body, int *fd) {
+static void ignore_frame(struct socket *s, void *owner, const struct frame *frame, const char *body, int *fd)
+{
     (void)s, (void)owner, (void)frame, (void)body, (void)fd;
 }
 
-void socket_finish(struct socket *s) {
+void socket_finish(struct socket *s)
+{
     if (s->first == NULL) {
         socket_close(s);
         return;
@@ -143,11 +153,13 @@ void socket_finish(struct socket *s) {
     s->owner = NULL;
 }
 
-void socket_cut(struct socket *s) {
+void socket_cut(struct socket *s)
+{
     shutdown(s->fd, SHUT_RDWR);
 }
 
-static void end(struct socket *s) {
+static void end(struct socket *s)
+{
     if (s->closed)
         return;
     if (s->ended != NULL)
@@ -155,25 +167,29 @@ static void end(struct socket *s) {
     socket_close(s);
 }
 
-bool socket_is_local(const struct socket *s) {
+bool socket_is_local(const struct socket *s)
+{
     return s->local;
 }
 
-unsigned socket_port(const struct socket *s) {
+unsigned socket_port(const struct socket *s)
+{
     union address address = {.v4.sin_port = 0};
     socklen_t length = sizeof address;
     getsockname(s->fd, &address.any, &length);
     return ntohs(address.any.sa_family == AF_INET6 ? address.v6.sin6_port : address.v4.sin_port);
 }
 
-void *socket_owner(const struct socket *s) {
+void *socket_owner(const struct socket *s)
+{
     return s->owner;
 }
 
 /* ---- reading ---- */
 
 /* As recv, and keeps a descriptor that came along. */
-static ssize_t receive(struct socket *s, void *to, size_t room) {
+static ssize_t receive(struct socket *s, void *to, size_t room)
+{
     char control[CMSG_SPACE(sizeof(int))];
     struct iovec vector = {.iov_base = to, .iov_len = room};
     struct msghdr message = {
@@ -190,7 +206,8 @@ static ssize_t receive(struct socket *s, void *to, size_t room) {
     return got;
 }
 
-static void deliver(struct socket *s) {
+static void deliver(struct socket *s)
+{
     int fd = s->arrived_fd;
     char *body = s->body;
     s->arrived_fd = -1;
@@ -203,7 +220,8 @@ static void deliver(struct socket *s) {
 }
 
 /* One step: part of a frame's head or body. False when there is nothing to read, or no more sense in it. */
-static bool read_step(struct socket *s) {
+static bool read_step(struct socket *s)
+{
     bool head = s->head_length < sizeof s->head;
     char *to = head ? (char *)&s->head + s->head_length : s->body + s->body_length;
     size_t room = head ? sizeof s->head - s->head_length : s->head.body - s->body_length;
@@ -236,7 +254,8 @@ static bool read_step(struct socket *s) {
 }
 
 /* A listener, or a socket that waits for its owner, is left alone by who is told to read it. */
-static void readable(struct socket *s) {
+static void readable(struct socket *s)
+{
     if (s->reading || s->frames == NULL)
         return;
     s->reading = true;
@@ -247,13 +266,15 @@ static void readable(struct socket *s) {
         free_socket(s);
 }
 
-void socket_drain(struct socket *s) {
+void socket_drain(struct socket *s)
+{
     readable(s);
 }
 
 /* ---- writing ---- */
 
-static ssize_t transmit(struct socket *s, struct iovec *vector, int vectors, int fd) {
+static ssize_t transmit(struct socket *s, struct iovec *vector, int vectors, int fd)
+{
     char control[CMSG_SPACE(sizeof(int))];
     struct msghdr message = {.msg_iov = vector, .msg_iovlen = (size_t)vectors};
     if (fd >= 0) {
@@ -261,14 +282,15 @@ static ssize_t transmit(struct socket *s, struct iovec *vector, int vectors, int
         message.msg_control = control;
         message.msg_controllen = sizeof control;
         struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        *header = (struct cmsghdr){
-            .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+        *header =
+            (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
         memcpy(CMSG_DATA(header), &fd, sizeof(int));
     }
     return sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
-static void enqueue(struct socket *s, const struct frame *frame, const void *body, size_t sent, int fd) {
+static void enqueue(struct socket *s, const struct frame *frame, const void *body, size_t sent, int fd)
+{
     size_t length = sizeof *frame + frame->body;
     struct parcel *parcel = malloc(sizeof *parcel + length);
     if (parcel == NULL) { /* a frame is missing: nothing behind it makes sense */
@@ -284,7 +306,8 @@ static void enqueue(struct socket *s, const struct frame *frame, const void *bod
     interest(s, EPOLL_CTL_MOD);
 }
 
-void socket_send(struct socket *s, struct frame frame, const void *body, int fd) {
+void socket_send(struct socket *s, struct frame frame, const void *body, int fd)
+{
     frame.magic = FRAME_MAGIC;
     size_t sent = 0;
     if (s->first == NULL) {
@@ -298,7 +321,8 @@ void socket_send(struct socket *s, struct frame frame, const void *body, int fd)
         enqueue(s, &frame, body, sent, fd);
 }
 
-static void writable(struct socket *s) {
+static void writable(struct socket *s)
+{
     while (s->first != NULL) {
         struct parcel *parcel = s->first;
         struct iovec vector = {parcel->bytes + parcel->sent, parcel->length - parcel->sent};
@@ -331,7 +355,8 @@ static void writable(struct socket *s) {
 
 /* ---- addresses ---- */
 
-static socklen_t parse_address(const char *text, union address *address) {
+static socklen_t parse_address(const char *text, union address *address)
+{
     memset(address, 0, sizeof *address);
     if (strncmp(text, "unix:", 5) == 0) {
         return sim_socket_name(&address->local, "%s", text + 5);
@@ -353,7 +378,8 @@ static socklen_t parse_address(const char *text, union address *address) {
     return 0;
 }
 
-static int open_socket(const char *text, union address *address, socklen_t *length) {
+static int open_socket(const char *text, union address *address, socklen_t *length)
+{
     *length = parse_address(text, address);
     if (*length == 0) {
         errno = EINVAL;
@@ -366,14 +392,16 @@ static int open_socket(const char *text, union address *address, socklen_t *leng
     return fd;
 }
 
-static int close_keeping_errno(int fd) {
+static int close_keeping_errno(int fd)
+{
     int error = errno;
     close(fd);
     errno = error;
     return -1;
 }
 
-int socket_dial(const char *text, int patience_ms) {
+int socket_dial(const char *text, int patience_ms)
+{
     union address address;
     socklen_t length;
     int fd = open_socket(text, &address, &length);
@@ -394,7 +422,8 @@ int socket_dial(const char *text, int patience_ms) {
     return close_keeping_errno(fd);
 }
 
-struct socket *socket_listen(const char *text, accept_callback *accepted, void *owner) {
+struct socket *socket_listen(const char *text, accept_callback *accepted, void *owner)
+{
     union address address;
     socklen_t length;
     int on = 1, fd = open_socket(text, &address, &length);
@@ -414,7 +443,8 @@ struct socket *socket_listen(const char *text, accept_callback *accepted, void *
     return s;
 }
 
-static void acceptable(struct socket *listener) {
+static void acceptable(struct socket *listener)
+{
     for (;;) {
         int fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0)
@@ -430,7 +460,8 @@ static void acceptable(struct socket *listener) {
     }
 }
 
-struct socket *socket_adopt(int fd, frame_callback *frames, end_callback *ended, void *owner) {
+struct socket *socket_adopt(int fd, frame_callback *frames, end_callback *ended, void *owner)
+{
     int family;
     socklen_t length = sizeof family;
     getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &length);
@@ -443,7 +474,8 @@ struct socket *socket_adopt(int fd, frame_callback *frames, end_callback *ended,
     return s;
 }
 
-void socket_serve(struct socket *s, frame_callback *frames, end_callback *ended, void *owner) {
+void socket_serve(struct socket *s, frame_callback *frames, end_callback *ended, void *owner)
+{
     s->frames = frames;
     s->ended = ended;
     s->owner = owner;
@@ -451,14 +483,16 @@ void socket_serve(struct socket *s, frame_callback *frames, end_callback *ended,
 
 /* ---- the thread ---- */
 
-static struct socket *find(uint64_t id) {
+static struct socket *find(uint64_t id)
+{
     struct socket *s = sockets;
     while (s != NULL && s->id != id)
         s = s->next;
     return s;
 }
 
-static void handle(const struct epoll_event *event) {
+static void handle(const struct epoll_event *event)
+{
     struct socket *s = find(event->data.u64);
     if (s == NULL)
         return;
@@ -472,7 +506,8 @@ static void handle(const struct epoll_event *event) {
         readable(s);
 }
 
-static void *serve(void *unused) {
+static void *serve(void *unused)
+{
     (void)unused;
     struct epoll_event events[EVENTS];
     reception_lock();
@@ -487,16 +522,19 @@ static void *serve(void *unused) {
     return NULL;
 }
 
-static void before_fork(void) {
+static void before_fork(void)
+{
     pthread_mutex_lock(&lock);
 }
 
-static void after_fork(void) {
+static void after_fork(void)
+{
     pthread_mutex_unlock(&lock);
 }
 
 /* The child keeps none of the sockets by which peers know whether its parent lives. */
-static void in_child(void) {
+static void in_child(void)
+{
     for (struct socket *s = sockets; s != NULL; s = s->next)
         close(s->fd);
     if (poller >= 0)
@@ -506,11 +544,13 @@ static void in_child(void) {
     pthread_mutex_unlock(&lock);
 }
 
-static void watch_forks(void) {
+static void watch_forks(void)
+{
     pthread_atfork(before_fork, after_fork, in_child);
 }
 
-static bool start(void) {
+static bool start(void)
+{
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
     poller = epoll_create1(EPOLL_CLOEXEC);
@@ -528,7 +568,8 @@ static bool start(void) {
     return false;
 }
 
-bool reception_hold(void) {
+bool reception_hold(void)
+{
     while (thread_ending)
         pthread_cond_wait(&thread_ended, &lock);
     if (holders == 0 && !start())
@@ -537,7 +578,8 @@ bool reception_hold(void) {
     return true;
 }
 
-void reception_release(void) {
+void reception_release(void)
+{
     if (--holders > 0)
         return;
     thread_ending = stopping = true;

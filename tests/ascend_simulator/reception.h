@@ -1,8 +1,8 @@
 /* Every socket of the communication half, read by one thread of the process.
  *
- * One mutex guards the sockets and the state of all communicators; bytes of transfers are copied without it. All functions
- * here but `reception_lock` are called with the mutex held, and so are the callbacks. Nothing blocks: what a socket does
- * not take at once waits in a queue of its own. */
+ * One mutex guards the sockets and the state of all communicators; bytes of transfers are copied without it. All
+ * functions here but `reception_lock` are called with the mutex held, and so are the callbacks. Nothing blocks: what a
+ * socket does not take at once waits in a queue of its own. */
 #ifndef RECEPTION_H
 #define RECEPTION_H
 
@@ -35,7 +35,7 @@ void reception_unlock(void);
 /* Lets the mutex go and waits for `condition` until `deadline` (sim_now); false when it has passed. */
 bool reception_wait(pthread_cond_t *condition, uint64_t deadline);
 
-/* The thread lives while somebody holds it. `reception_release` lets the mutex go while it waits for the thread's end. */
+/* The thread lives while somebody holds it. `reception_release` lets the mutex go while it waits for its end. */
 bool reception_hold(void);
 void reception_release(void);
 

@@ -4,13 +4,15 @@
 
 static struct registration *registrations;
 
-static void free_registration(struct sim_object *object) {
+static void free_registration(struct sim_object *object)
+{
     struct registration *r = (struct registration *)object;
     sim_view_close(&r->view);
     free(r);
 }
 
-size_t one_sided_registrations(int device) {
+size_t one_sided_registrations(int device)
+{
     size_t count = 0;
     reception_lock();
     for (struct registration *r = registrations; r != NULL; r = r->next)
@@ -21,7 +23,8 @@ size_t one_sided_registrations(int device) {
 
 /* ---- registering ---- */
 
-static HcclResult check_memory(const CommMem *memory, void **handle) {
+static HcclResult check_memory(const CommMem *memory, void **handle)
+{
     if (memory == NULL || handle == NULL || memory->addr == NULL)
         return sim_fail(HCCL_E_PTR, "HcclRegisterGlobalMem: NULL");
     if (memory->type != COMM_MEM_DEVICE && memory->type != COMM_MEM_HOST)
@@ -32,42 +35,45 @@ static HcclResult check_memory(const CommMem *memory, void **handle) {
 }
 
 /* A registration of the device with the same bounds, or an error for one that overlaps. Mutex held. */
-static HcclResult find_equal(const struct sim_device *device, const CommMem *memory, struct registration **equal) {
+static HcclResult find_equal(const struct sim_device *device, const CommMem *memory, struct registration **equal)
+{
     uintptr_t begin = (uintptr_t)memory->addr;
     for (struct registration *r = registrations; r != NULL; r = r->next) {
         uintptr_t other = (uintptr_t)r->memory.addr;
         if (r->device != device || begin >= other + r->memory.size || other >= begin + memory->size)
             continue;
         if (begin != other || memory->size != r->memory.size || memory->type != r->memory.type)
-            return sim_fail(HCCL_E_PARA, "HcclRegisterGlobalMem: %p and %llu bytes overlap the registered %p and %llu bytes",
-                            memory->addr, (unsigned long long)memory->size, r->memory.addr,
-                            (unsigned long long)r->memory.size);
+            return sim_fail(
+                HCCL_E_PARA, "HcclRegisterGlobalMem: %p and %llu bytes overlap the registered %p and %llu bytes",
+                memory->addr, (unsigned long long)memory->size, r->memory.addr, (unsigned long long)r->memory.size);
         *equal = r;
         return HCCL_SUCCESS;
     }
     return HCCL_SUCCESS;
 }
 
-static HcclResult check_place(const struct sim_view *view, const struct sim_device *device, const CommMem *memory) {
+static HcclResult check_place(const struct sim_view *view, const struct sim_device *device, const CommMem *memory)
+{
     bool host = view->where == SIM_PAGEABLE || view->where == SIM_PINNED;
     if (host != (memory->type == COMM_MEM_HOST))
         return sim_refuse("wrong_kind", HCCL_E_PARA, "HcclRegisterGlobalMem: %p is %s memory", memory->addr,
                           host ? "host" : "device");
     if (!host && (view->where != SIM_DEVICE || view->device != device))
-        return sim_refuse("wrong_device", HCCL_E_PARA, "HcclRegisterGlobalMem: %p is not memory of device %d", memory->addr,
-                          device->id);
+        return sim_refuse("wrong_device", HCCL_E_PARA, "HcclRegisterGlobalMem: %p is not memory of device %d",
+                          memory->addr, device->id);
     return HCCL_SUCCESS;
 }
 
 /* The registration for the memory, made if there is none. */
-static HcclResult obtain(struct sim_device *device, const CommMem *memory, void **handle) {
+static HcclResult obtain(struct sim_device *device, const CommMem *memory, void **handle)
+{
     struct registration *fresh = calloc(1, sizeof *fresh), *equal = NULL;
     if (fresh == NULL)
         return sim_fail(HCCL_E_MEMORY, "HcclRegisterGlobalMem: no memory");
     fresh->device = device;
     fresh->memory = *memory;
-    HcclResult result = sim_view_open("HcclRegisterGlobalMem", memory->addr, memory->size, &fresh->view) ? HCCL_E_PARA
-                                                                                                    : HCCL_SUCCESS;
+    HcclResult result =
+        sim_view_open("HcclRegisterGlobalMem", memory->addr, memory->size, &fresh->view) ? HCCL_E_PARA : HCCL_SUCCESS;
     if (result == HCCL_SUCCESS)
         result = check_place(&fresh->view, device, memory);
     reception_lock();
@@ -91,7 +97,8 @@ static HcclResult obtain(struct sim_device *device, const CommMem *memory, void 
     return result;
 }
 
-SIM_API HcclResult HcclRegisterGlobalMem(const CommMem *memory, void **handle) {
+SIM_API HcclResult HcclRegisterGlobalMem(const CommMem *memory, void **handle)
+{
     struct sim_context *context;
     HcclResult result = sim_enter("HcclRegisterGlobalMem", SIM_HCCL | SIM_NEEDS_CONTEXT, &context);
     if (result == HCCL_SUCCESS)
@@ -100,7 +107,8 @@ SIM_API HcclResult HcclRegisterGlobalMem(const CommMem *memory, void **handle) {
 }
 
 /* The registration of a handle, held. */
-static HcclResult find_registration(const char *function, void *handle, struct registration **found) {
+static HcclResult find_registration(const char *function, void *handle, struct registration **found)
+{
     if (handle == NULL)
         return sim_fail(HCCL_E_PTR, "%s: the registration is NULL", function);
     *found = (struct registration *)sim_handle_get(handle, SIM_REGISTRATION_HANDLE);
@@ -111,7 +119,8 @@ static HcclResult find_registration(const char *function, void *handle, struct r
     return sim_fail(HCCL_E_PARA, "%s: %p is no registration", function, handle);
 }
 
-static void unlist(struct registration *registration) {
+static void unlist(struct registration *registration)
+{
     for (struct registration **at = &registrations; *at != NULL; at = &(*at)->next)
         if (*at == registration) {
             *at = registration->next;
@@ -121,7 +130,8 @@ static void unlist(struct registration *registration) {
     sim_handle_close(registration->object.handle);
 }
 
-SIM_API HcclResult HcclDeregisterGlobalMem(void *handle) {
+SIM_API HcclResult HcclDeregisterGlobalMem(void *handle)
+{
     struct sim_context *context;
     struct registration *r;
     HcclResult result = sim_enter("HcclDeregisterGlobalMem", SIM_HCCL | SIM_NEEDS_CONTEXT, &context);
@@ -146,7 +156,8 @@ SIM_API HcclResult HcclDeregisterGlobalMem(void *handle) {
     return result == HCCL_SUCCESS && freed ? HCCL_E_PARA : result;
 }
 
-void one_sided_finalize(void) {
+void one_sided_finalize(void)
+{
     for (;;) {
         reception_lock();
         struct registration *r = registrations;
@@ -164,14 +175,16 @@ void one_sided_finalize(void) {
 
 /* ---- binding ---- */
 
-static struct binding **find_binding(struct communicator *c, const struct registration *registration) {
+static struct binding **find_binding(struct communicator *c, const struct registration *registration)
+{
     struct binding **at = &c->bindings;
     while (*at != NULL && (*at)->registration != registration)
         at = &(*at)->next;
     return at;
 }
 
-struct binding *binding_of(struct communicator *c, const void *address, uint64_t size) {
+struct binding *binding_of(struct communicator *c, const void *address, uint64_t size)
+{
     for (struct binding *b = c->bindings; b != NULL; b = b->next) {
         const CommMem *memory = &b->registration->memory;
         uintptr_t offset = (uintptr_t)address - (uintptr_t)memory->addr;
@@ -182,15 +195,18 @@ struct binding *binding_of(struct communicator *c, const void *address, uint64_t
 }
 
 /* Mutex held. */
-static HcclResult bind_memory(struct communicator *c, struct registration *r) {
+static HcclResult bind_memory(struct communicator *c, struct registration *r)
+{
     if (r->device != c->device)
-        return sim_refuse("wrong_device", HCCL_E_PARA, "HcclCommBindMem: memory of device %d, communicator of device %d",
-                          r->device->id, c->device->id);
+        return sim_refuse("wrong_device", HCCL_E_PARA,
+                          "HcclCommBindMem: memory of device %d, communicator of device %d", r->device->id,
+                          c->device->id);
     struct binding **at = find_binding(c, r);
     if (*at != NULL)
         return sim_fail(HCCL_E_PARA, "HcclCommBindMem: %p is bound to \"%s\" already", r->memory.addr, c->name);
-    if (c->prepared && sim_misuse("comm_late_bind", HCCL_E_PARA,
-                                  "HcclCommBindMem: \"%s\" is prepared: no peer would see memory bound now", c->name) != 0)
+    if (c->prepared &&
+        sim_misuse("comm_late_bind", HCCL_E_PARA,
+                   "HcclCommBindMem: \"%s\" is prepared: no peer would see memory bound now", c->name) != 0)
         return HCCL_E_PARA;
     struct binding *b = calloc(1, sizeof *b);
     if (b == NULL)
@@ -203,7 +219,8 @@ static HcclResult bind_memory(struct communicator *c, struct registration *r) {
 }
 
 /* Mutex held. */
-static HcclResult unbind_memory(struct communicator *c, struct registration *r) {
+static HcclResult unbind_memory(struct communicator *c, struct registration *r)
+{
     struct binding **at = find_binding(c, r), *b = *at;
     if (b == NULL)
         return sim_fail(HCCL_E_PARA, "HcclCommUnbindMem: %p is not bound to \"%s\"", r->memory.addr, c->name);
@@ -218,7 +235,8 @@ static HcclResult unbind_memory(struct communicator *c, struct registration *r) 
 }
 
 static HcclResult change(const char *function, HcclComm comm, void *handle,
-                         HcclResult (*how)(struct communicator *, struct registration *)) {
+                         HcclResult (*how)(struct communicator *, struct registration *))
+{
     struct communicator *c;
     struct registration *r;
     HcclResult result = communicator_enter(function, comm, false, NULL, &c);
@@ -235,15 +253,18 @@ static HcclResult change(const char *function, HcclComm comm, void *handle,
     return result;
 }
 
-SIM_API HcclResult HcclCommBindMem(HcclComm comm, void *handle) {
+SIM_API HcclResult HcclCommBindMem(HcclComm comm, void *handle)
+{
     return change("HcclCommBindMem", comm, handle, bind_memory);
 }
 
-SIM_API HcclResult HcclCommUnbindMem(HcclComm comm, void *handle) {
+SIM_API HcclResult HcclCommUnbindMem(HcclComm comm, void *handle)
+{
     return change("HcclCommUnbindMem", comm, handle, unbind_memory);
 }
 
-void one_sided_forget(struct communicator *c) {
+void one_sided_forget(struct communicator *c)
+{
     while (c->bindings != NULL) {
         struct binding *b = c->bindings;
         c->bindings = b->next;

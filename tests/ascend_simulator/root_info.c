@@ -69,7 +69,8 @@ static bool creating[SIM_MAX_DEVICES];
 
 /* ---- the root's side ---- */
 
-static void forget(struct newcomer *newcomer) {
+static void forget(struct newcomer *newcomer)
+{
     for (struct newcomer **at = &newcomer->root->newcomers; *at != NULL; at = &(*at)->next)
         if (*at == newcomer) {
             *at = newcomer->next;
@@ -78,7 +79,8 @@ static void forget(struct newcomer *newcomer) {
     free(newcomer);
 }
 
-static void close_gathering(struct root *root) {
+static void close_gathering(struct root *root)
+{
     while (root->newcomers != NULL) {
         socket_finish(root->newcomers->socket);
         forget(root->newcomers);
@@ -90,15 +92,18 @@ static void close_gathering(struct root *root) {
     root->listener = root->remote_listener = NULL;
 }
 
-static void tell_all(struct root *root, HcclResult result, const void *body, size_t length) {
+static void tell_all(struct root *root, HcclResult result, const void *body, size_t length)
+{
     for (struct newcomer *newcomer = root->newcomers; newcomer != NULL; newcomer = newcomer->next)
         socket_send(newcomer->socket,
-                    (struct frame){.kind = FRAME_JOINED, .number = (uint64_t)result, .body = (uint32_t)length}, body, -1);
+                    (struct frame){.kind = FRAME_JOINED, .number = (uint64_t)result, .body = (uint32_t)length}, body,
+                    -1);
     close_gathering(root);
 }
 
 /* NULL when the two may be ranks of one communicator. */
-static const char *conflict(const struct join *a, const struct join *b) {
+static const char *conflict(const struct join *a, const struct join *b)
+{
     if (strcmp(a->version, b->version) != 0)
         return "versions of the simulator differ";
     if (a->ranks != b->ranks)
@@ -116,14 +121,17 @@ static const char *conflict(const struct join *a, const struct join *b) {
     return NULL;
 }
 
-static void refuse_all(struct root *root, const struct join *a, const struct join *b, const char *what) {
+static void refuse_all(struct root *root, const struct join *a, const struct join *b, const char *what)
+{
     char text[256];
-    int length = snprintf(text, sizeof text, "%s (rank %u of %u, \"%.40s\", device %u; rank %u of %u, \"%.40s\", device %u)",
-                          what, a->rank, a->ranks, a->name, a->physical, b->rank, b->ranks, b->name, b->physical);
+    int length =
+        snprintf(text, sizeof text, "%s (rank %u of %u, \"%.40s\", device %u; rank %u of %u, \"%.40s\", device %u)",
+                 what, a->rank, a->ranks, a->name, a->physical, b->rank, b->ranks, b->name, b->physical);
     tell_all(root, HCCL_E_PARA, text, (size_t)length);
 }
 
-static void look_whether_complete(struct root *root, const struct newcomer *latest) {
+static void look_whether_complete(struct root *root, const struct newcomer *latest)
+{
     struct join members[COMMUNICATOR_RANKS_MAX];
     uint32_t present = 0;
     for (struct newcomer *other = root->newcomers; other != NULL; other = other->next) {
@@ -141,7 +149,8 @@ static void look_whether_complete(struct root *root, const struct newcomer *late
         tell_all(root, HCCL_SUCCESS, members, present * sizeof *members);
 }
 
-static void newcomer_frame(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd) {
+static void newcomer_frame(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd)
+{
     struct newcomer *newcomer = owner;
     struct join *join = &newcomer->join;
     (void)fd;
@@ -159,12 +168,14 @@ static void newcomer_frame(struct socket *socket, void *owner, const struct fram
     socket_close(socket);
 }
 
-static void newcomer_end(struct socket *socket, void *owner) {
+static void newcomer_end(struct socket *socket, void *owner)
+{
     (void)socket;
     forget(owner);
 }
 
-static void newcomer_arrives(struct socket *listener, void *owner, struct socket *accepted) {
+static void newcomer_arrives(struct socket *listener, void *owner, struct socket *accepted)
+{
     struct root *root = owner;
     struct newcomer *newcomer = calloc(1, sizeof *newcomer);
     (void)listener;
@@ -178,7 +189,8 @@ static void newcomer_arrives(struct socket *listener, void *owner, struct socket
 }
 
 /* Mutex held; it is let go while the sockets' thread ends. */
-static void free_root(struct root *root) {
+static void free_root(struct root *root)
+{
     close_gathering(root);
     for (struct root **at = &roots; *at != NULL; at = &(*at)->next)
         if (*at == root) {
@@ -190,7 +202,8 @@ static void free_root(struct root *root) {
 }
 
 /* What two processes on one server have in common, and no two servers: kernel, network namespace and world. */
-static uint64_t server_identity(void) {
+static uint64_t server_identity(void)
+{
     char text[512] = "";
     int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
     ssize_t length = fd >= 0 ? read(fd, text, 64) : 0;
@@ -204,7 +217,8 @@ static uint64_t server_identity(void) {
 }
 
 /* Mutex held. */
-static bool listen_for_newcomers(struct root *root, struct root_bytes *bytes) {
+static bool listen_for_newcomers(struct root *root, struct root_bytes *bytes)
+{
     const char *host_ip = hccl_environment("HcclGetRootInfo")->host_ip;
     root->listener = socket_listen(bytes->address, newcomer_arrives, root);
     if (root->listener == NULL || host_ip[0] == '\0')
@@ -219,7 +233,8 @@ static bool listen_for_newcomers(struct root *root, struct root_bytes *bytes) {
     return root->remote_listener != NULL;
 }
 
-static HcclResult open_root(struct sim_device *device, struct root_bytes *bytes) {
+static HcclResult open_root(struct sim_device *device, struct root_bytes *bytes)
+{
     struct root *root = calloc(1, sizeof *root);
     if (root == NULL)
         return sim_fail(HCCL_E_MEMORY, "HcclGetRootInfo: no memory");
@@ -245,7 +260,8 @@ static HcclResult open_root(struct sim_device *device, struct root_bytes *bytes)
     return sim_fail(HCCL_E_SYSCALL, "HcclGetRootInfo: cannot listen (HCCL_IF_IP must be an address of this server)");
 }
 
-SIM_API HcclResult HcclGetRootInfo(HcclRootInfo *info) {
+SIM_API HcclResult HcclGetRootInfo(HcclRootInfo *info)
+{
     struct sim_context *context;
     int code = sim_enter("HcclGetRootInfo", SIM_HCCL | SIM_NEEDS_CONTEXT, &context);
     if (code != 0)
@@ -263,7 +279,8 @@ SIM_API HcclResult HcclGetRootInfo(HcclRootInfo *info) {
     return result;
 }
 
-static struct root *own_root(const char *nonce) {
+static struct root *own_root(const char *nonce)
+{
     struct root *root = roots;
     while (root != NULL && strcmp(root->nonce, nonce) != 0)
         root = root->next;
@@ -272,9 +289,9 @@ static struct root *own_root(const char *nonce) {
 
 /* ---- a newcomer's side ---- */
 
-static void take_members(struct joining *joining, const struct frame *frame, const char *body) {
+static void take_members(struct joining *joining, const struct frame *frame, const char *body)
+{
     struct communicator *c = joining->communicator;
-    const struct hccl_environment *environment = hccl_environment("HcclCommInitRootInfo");
     if (frame->body != c->ranks * sizeof(struct join)) {
         joining->result = HCCL_E_INTERNAL;
         return;
@@ -283,15 +300,16 @@ static void take_members(struct joining *joining, const struct frame *frame, con
         struct join join;
         memcpy(&join, body + rank * sizeof join, sizeof join);
         bool near = join.server == joining->server;
-        c->members[rank] = (struct member){
-            .physical = join.physical, .same_server = near, .roce = !near || environment->roce_inside_server};
+        c->members[rank] =
+            (struct member){.physical = join.physical, .same_server = near, .roce = !near || hccl_roce_inside_server()};
         snprintf(c->members[rank].door, ADDRESS_BYTES, "%.*s", ADDRESS_BYTES - 1, near ? join.door : join.remote_door);
     }
     c->members_known = true;
     meeting_admit_waiting(c);
 }
 
-static void answer(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd) {
+static void answer(struct socket *socket, void *owner, const struct frame *frame, const char *body, int *fd)
+{
     struct joining *joining = owner;
     (void)fd;
     if (frame->kind != FRAME_JOINED)
@@ -307,14 +325,16 @@ static void answer(struct socket *socket, void *owner, const struct frame *frame
     pthread_cond_broadcast(&joining->changed);
 }
 
-static void root_is_gone(struct socket *socket, void *owner) {
+static void root_is_gone(struct socket *socket, void *owner)
+{
     struct joining *joining = owner;
     (void)socket;
     joining->socket = NULL;
     pthread_cond_broadcast(&joining->changed);
 }
 
-static void introduce(struct joining *joining, int fd, const struct join *join) {
+static void introduce(struct joining *joining, int fd, const struct join *join)
+{
     joining->socket = socket_adopt(fd, answer, root_is_gone, joining);
     if (joining->socket == NULL)
         close(fd);
@@ -323,7 +343,8 @@ static void introduce(struct joining *joining, int fd, const struct join *join) 
 }
 
 /* Until the root has answered or the time is over. Mutex held, let go while waiting. */
-static void await_answer(struct joining *joining, const char *address, const struct join *join, uint64_t deadline) {
+static void await_answer(struct joining *joining, const char *address, const struct join *join, uint64_t deadline)
+{
     while (!joining->answered && !finalizing && sim_now() < deadline) {
         if (joining->socket != NULL) {
             reception_wait(&joining->changed, deadline);
@@ -342,7 +363,8 @@ static void await_answer(struct joining *joining, const char *address, const str
         socket_close(joining->socket);
 }
 
-static HcclResult meet_root(const char *function, struct communicator *c, const struct root_bytes *info) {
+static HcclResult meet_root(const char *function, struct communicator *c, const struct root_bytes *info)
+{
     struct join join = {.rank = c->rank,
                         .ranks = c->ranks,
                         .physical = (uint32_t)c->device->physical,
@@ -355,7 +377,7 @@ static HcclResult meet_root(const char *function, struct communicator *c, const 
     if (c->doors[1] != NULL)
         snprintf(join.remote_door, sizeof join.remote_door, "tcp:%u:%s", meeting_door_port(c, 1),
                  hccl_environment(function)->host_ip);
-    uint64_t deadline = sim_now() + hccl_environment(function)->connect_timeout_ns;
+    uint64_t deadline = sim_now() + hccl_scaled_ns((double)hccl_environment(function)->connect_timeout_s);
     const char *address = join.server == info->server || info->remote[0] == '\0' ? info->address : info->remote;
     struct joining joining = {.communicator = c, .server = join.server};
     sim_condition_init(&joining.changed);
@@ -369,14 +391,15 @@ static HcclResult meet_root(const char *function, struct communicator *c, const 
     if (!joining.answered && ended)
         return sim_fail(HCCL_E_INTERNAL, "%s: aclFinalize was called meanwhile", function);
     if (!joining.answered)
-        return sim_fail(HCCL_E_TIMEOUT, "%s: not all of %u ranks came, or this root information was used before", function,
-                        c->ranks);
+        return sim_fail(HCCL_E_TIMEOUT, "%s: not all of %u ranks came, or this root information was used before",
+                        function, c->ranks);
     if (joining.result != HCCL_SUCCESS)
         return sim_fail(joining.result, "%s: %s", function, joining.reason);
     return HCCL_SUCCESS;
 }
 
-static HcclResult join(const char *function, struct communicator *c, const struct root_bytes *info) {
+static HcclResult join(const char *function, struct communicator *c, const struct root_bytes *info)
+{
     snprintf(c->key, sizeof c->key, "root:%s", info->nonce);
     if (c->name[0] == '\0')
         snprintf(c->name, sizeof c->name, "unnamed_%s", info->nonce);
@@ -401,12 +424,14 @@ static HcclResult join(const char *function, struct communicator *c, const struc
 
 /* ---- the calls ---- */
 
-static HcclResult read_root(const char *function, const HcclRootInfo *given, struct root_bytes *info) {
+static HcclResult read_root(const char *function, const HcclRootInfo *given, struct root_bytes *info)
+{
     static const char zeros[HCCL_ROOT_INFO_BYTES];
     memcpy(info, given->internal, sizeof *info);
     size_t rest = sizeof given->internal - sizeof *info;
     if (strncmp(info->marker, MARKER, sizeof info->marker) != 0 || info->protocol != PROTOCOL ||
-        memchr(info->nonce, '\0', sizeof info->nonce) == NULL || memchr(info->address, '\0', sizeof info->address) == NULL ||
+        memchr(info->nonce, '\0', sizeof info->nonce) == NULL ||
+        memchr(info->address, '\0', sizeof info->address) == NULL ||
         memchr(info->remote, '\0', sizeof info->remote) == NULL)
         return sim_fail(HCCL_E_PARA, "%s: these bytes are no root information", function);
     if (memcmp(given->internal + sizeof *info, zeros, rest) != 0)
@@ -415,7 +440,8 @@ static HcclResult read_root(const char *function, const HcclRootInfo *given, str
 }
 
 /* Takes the device's only place for a creation. */
-static HcclResult take_place(const char *function, const struct sim_device *device, const char *nonce) {
+static HcclResult take_place(const char *function, const struct sim_device *device, const char *nonce)
+{
     reception_lock();
     const struct root *root = own_root(nonce);
     HcclResult result = HCCL_SUCCESS;
@@ -431,7 +457,8 @@ static HcclResult take_place(const char *function, const struct sim_device *devi
     return result;
 }
 
-static void leave_place(const struct sim_device *device, const char *nonce) {
+static void leave_place(const struct sim_device *device, const char *nonce)
+{
     reception_lock();
     creating[device->id] = false;
     struct root *root = own_root(nonce);
@@ -442,7 +469,8 @@ static void leave_place(const struct sim_device *device, const char *nonce) {
 }
 
 static HcclResult init(const char *function, uint32_t ranks, const HcclRootInfo *given, uint32_t rank,
-                       const HcclCommConfig *config, HcclComm *handle) {
+                       const HcclCommConfig *config, HcclComm *handle)
+{
     struct sim_context *context;
     struct root_bytes info;
     HcclResult result = creation_device(function, &context);
@@ -467,25 +495,29 @@ static HcclResult init(const char *function, uint32_t ranks, const HcclRootInfo 
     return result == HCCL_SUCCESS ? communicator_publish(c, handle) : result;
 }
 
-SIM_API HcclResult HcclCommInitRootInfo(uint32_t ranks, const HcclRootInfo *info, uint32_t rank, HcclComm *comm) {
+SIM_API HcclResult HcclCommInitRootInfo(uint32_t ranks, const HcclRootInfo *info, uint32_t rank, HcclComm *comm)
+{
     return init("HcclCommInitRootInfo", ranks, info, rank, NULL, comm);
 }
 
 SIM_API HcclResult HcclCommInitRootInfoConfig(uint32_t ranks, const HcclRootInfo *info, uint32_t rank,
-                                              const HcclCommConfig *config, HcclComm *comm) {
+                                              const HcclCommConfig *config, HcclComm *comm)
+{
     if (config == NULL)
         return sim_fail(HCCL_E_PTR, "HcclCommInitRootInfoConfig: config is NULL");
     return init("HcclCommInitRootInfoConfig", ranks, info, rank, config, comm);
 }
 
-static bool anybody_creating(void) {
+static bool anybody_creating(void)
+{
     for (int device = 0; device < SIM_MAX_DEVICES; device++)
         if (creating[device])
             return true;
     return false;
 }
 
-void root_info_finalize(void) {
+void root_info_finalize(void)
+{
     reception_lock();
     finalizing = true;
     for (int device = 0; device < SIM_MAX_DEVICES; device++)

@@ -1,7 +1,7 @@
 /* Sends, receives and barriers: the n-th operation of one rank meets the n-th opposite one of the other.
  *
- * The receiver copies: a sender that was stopped in the middle can then never write into memory that its receiver has taken
- * back. An operation ends when both ends have heard that the other one is through:
+ * The receiver copies: a sender that was stopped in the middle can then never write into memory that its receiver has
+ * taken back. An operation ends when both ends have heard that the other one is through:
  *
  *     sender      READY ----------------------------------> (copies)           CONFIRMED ->
  *     receiver    READY -> (nothing to do)     <- COPIED ----------------------------------  (ends)
@@ -43,24 +43,28 @@ static const char *const what_differs = "count or type of two operations that me
 
 /* ---- lanes and what peers say ---- */
 
-static uint32_t lane_flags(enum entry_point entry, enum role role) {
+static uint32_t lane_flags(enum entry_point entry, enum role role)
+{
     return (uint32_t)entry | (role == ROLE_SEND ? FLAG_SENDER : 0);
 }
 
 /* The lane that a frame of the peer is about: its sends are our receives. */
-static struct lane *lane_of_peer(struct link *link, uint32_t flags) {
+static struct lane *lane_of_peer(struct link *link, uint32_t flags)
+{
     uint32_t entry = flags & FLAG_ENTRY;
     return entry < ENTRY_POINTS ? &link->lanes[entry][flags & FLAG_SENDER ? ROLE_RECEIVE : ROLE_SEND] : NULL;
 }
 
-static struct announcement *find_announcement(struct lane *lane, uint64_t number) {
+static struct announcement *find_announcement(struct lane *lane, uint64_t number)
+{
     struct announcement *a = lane->first;
     while (a != NULL && a->number != number)
         a = a->next;
     return a;
 }
 
-static void remove_announcement(struct lane *lane, uint64_t number) {
+static void remove_announcement(struct lane *lane, uint64_t number)
+{
     for (struct announcement **at = &lane->first; *at != NULL; at = &(*at)->next) {
         struct announcement *a = *at;
         if (a->number != number)
@@ -73,7 +77,8 @@ static void remove_announcement(struct lane *lane, uint64_t number) {
     }
 }
 
-static void note_announcement(struct lane *lane, const struct frame *frame) {
+static void note_announcement(struct lane *lane, const struct frame *frame)
+{
     struct announcement *a = calloc(1, sizeof *a);
     if (a == NULL)
         return;
@@ -87,14 +92,16 @@ static void note_announcement(struct lane *lane, const struct frame *frame) {
     lane->last = &a->next;
 }
 
-void send_receive_forget(struct link *link) {
+void send_receive_forget(struct link *link)
+{
     for (int entry = 0; entry < ENTRY_POINTS; entry++)
         for (int role = 0; role < ROLES; role++)
             while (link->lanes[entry][role].first != NULL)
                 remove_announcement(&link->lanes[entry][role], link->lanes[entry][role].first->number);
 }
 
-size_t send_receive_unmatched(struct communicator *c) {
+size_t send_receive_unmatched(struct communicator *c)
+{
     size_t unmatched = 0;
     for (uint32_t peer = 0; peer < c->ranks; peer++) {
         struct link *link = &c->links[peer];
@@ -107,14 +114,16 @@ size_t send_receive_unmatched(struct communicator *c) {
     return unmatched;
 }
 
-void send_receive_wake(struct communicator *c) {
+void send_receive_wake(struct communicator *c)
+{
     for (struct transfer *transfer = c->transfers; transfer != NULL; transfer = transfer->next)
         if (transfer->running)
             sim_task_wake(&transfer->task);
 }
 
 /* Our item that the peer's frame is about, if its transfer is running. */
-static struct item *find_item(struct link *link, uint32_t flags, uint64_t number, struct transfer **owner) {
+static struct item *find_item(struct link *link, uint32_t flags, uint64_t number, struct transfer **owner)
+{
     enum role role = flags & FLAG_SENDER ? ROLE_RECEIVE : ROLE_SEND;
     for (struct transfer *transfer = link->communicator->transfers; transfer != NULL; transfer = transfer->next) {
         if (!transfer->running || (uint32_t)transfer->entry != (flags & FLAG_ENTRY))
@@ -132,7 +141,8 @@ static struct item *find_item(struct link *link, uint32_t flags, uint64_t number
 
 /* ---- frames ---- */
 
-static void operation_frame(struct link *link, const struct frame *frame) {
+static void operation_frame(struct link *link, const struct frame *frame)
+{
     struct transfer *transfer;
     struct item *item = find_item(link, frame->flags, frame->number, &transfer);
     if (frame->kind == FRAME_CANCELLED)
@@ -151,7 +161,8 @@ static void operation_frame(struct link *link, const struct frame *frame) {
     sim_task_wake(&transfer->task);
 }
 
-void send_receive_frame(struct link *link, const struct frame *frame, const char *body) {
+void send_receive_frame(struct link *link, const struct frame *frame, const char *body)
+{
     struct lane *lane = lane_of_peer(link, frame->flags);
     (void)body;
     if (lane == NULL)
@@ -180,7 +191,8 @@ void send_receive_frame(struct link *link, const struct frame *frame, const char
     }
 }
 
-unsigned char *send_receive_window(struct link *link, uint32_t flags, uint64_t number, uint64_t offset, uint64_t size) {
+unsigned char *send_receive_window(struct link *link, uint32_t flags, uint64_t number, uint64_t offset, uint64_t size)
+{
     struct transfer *transfer;
     struct item *item = find_item(link, flags & ~(uint32_t)FLAG_SENDER, number, &transfer);
     if (item == NULL || item->view == NULL || item->state != ITEM_ANNOUNCED || offset > item->bytes ||
@@ -191,17 +203,17 @@ unsigned char *send_receive_window(struct link *link, uint32_t flags, uint64_t n
 
 /* ---- on the stream ---- */
 
-static void say(struct transfer *transfer, struct item *item, enum frame_kind kind, uint64_t value) {
-    struct frame frame = {.kind = kind,
-                          .flags = lane_flags(transfer->entry, item->role),
-                          .number = item->number,
-                          .value = {value}};
+static void say(struct transfer *transfer, struct item *item, enum frame_kind kind, uint64_t value)
+{
+    struct frame frame = {
+        .kind = kind, .flags = lane_flags(transfer->entry, item->role), .number = item->number, .value = {value}};
     if (item->link->socket != NULL)
         socket_send(item->link->socket, frame, NULL, -1);
 }
 
 /* Tells the peer what it needs for its part. */
-static void announce(struct transfer *transfer, struct item *item) {
+static void announce(struct transfer *transfer, struct item *item)
+{
     struct frame frame = {.kind = FRAME_READY,
                           .flags = lane_flags(transfer->entry, item->role),
                           .number = item->number,
@@ -209,7 +221,9 @@ static void announce(struct transfer *transfer, struct item *item) {
     frame.value[3] = item->bytes;
     if (item->role == ROLE_SEND) {
         frame.value[2] = item->view != NULL ? item->view->offset : 0;
-        frame.flags |= item->fault.action == SIM_DROP ? FLAG_DROP : item->fault.action == SIM_CORRUPT ? FLAG_CORRUPT : 0;
+        frame.flags |= item->fault.action == SIM_DROP      ? FLAG_DROP
+                       : item->fault.action == SIM_CORRUPT ? FLAG_CORRUPT
+                                                           : 0;
         if (item->fault.action == SIM_HALF)
             frame.value[3] = item->bytes / 2;
         peer_memory_send(item->link);
@@ -220,7 +234,8 @@ static void announce(struct transfer *transfer, struct item *item) {
 }
 
 /* What is injected into the whole operation; false when the task ends with `code`. No lock held. */
-static bool inject(struct transfer *transfer, struct item *item, int *code) {
+static bool inject(struct transfer *transfer, struct item *item, int *code)
+{
     const char *where = item->role == ROLE_SEND ? "exec.send" : "exec.recv";
     struct communicator *c = transfer->communicator;
     item->fault = sim_fault(where, c->device->id, &transfer->task, NULL, NULL);
@@ -236,7 +251,8 @@ static bool inject(struct transfer *transfer, struct item *item, int *code) {
     return true;
 }
 
-static bool was_cancelled(void *about) {
+static bool was_cancelled(void *about)
+{
     struct item *item = about;
     reception_lock();
     bool ended = item->cancelled || item->link->communicator->closing;
@@ -245,7 +261,8 @@ static bool was_cancelled(void *about) {
 }
 
 /* The receiver's copy, mutex not held. The sender's faults and ours are the same to the bytes. */
-static int copy_bytes(struct transfer *transfer, struct item *item, const struct announcement *from) {
+static int copy_bytes(struct transfer *transfer, struct item *item, const struct announcement *from)
+{
     struct peer_window window = {.link = item->link,
                                  .kind = WINDOW_OPERATION,
                                  .flags = lane_flags(transfer->entry, ROLE_RECEIVE),
@@ -262,7 +279,8 @@ static int copy_bytes(struct transfer *transfer, struct item *item, const struct
 }
 
 /* A receive whose partner has announced itself. Mutex held, let go while bytes move. 0, or the code of the task. */
-static int receive(struct transfer *transfer, struct item *item, const struct announcement *found) {
+static int receive(struct transfer *transfer, struct item *item, const struct announcement *found)
+{
     const struct announcement from = *found;
     if (from.count != item->count || from.type != item->type) {
         say(transfer, item, FRAME_COPIED, COPIED_DIFFERS);
@@ -285,7 +303,8 @@ static int receive(struct transfer *transfer, struct item *item, const struct an
     return 0; /* a partner that went away is waited for, as the device does */
 }
 
-static int copy_to_twin(struct transfer *transfer, struct item *receiver) {
+static int copy_to_twin(struct transfer *transfer, struct item *receiver)
+{
     struct item *sender = receiver->twin;
     struct sim_copy copy = {receiver->view->bytes, sender->view->bytes, receiver->bytes, NULL, NULL};
     reception_unlock();
@@ -296,7 +315,8 @@ static int copy_to_twin(struct transfer *transfer, struct item *receiver) {
 }
 
 /* What can be done for one item now: 0, or the code of the task. */
-static int step(struct transfer *transfer, struct item *item) {
+static int step(struct transfer *transfer, struct item *item)
+{
     if (item->state == ITEM_ENDED)
         return 0;
     if (item->link == NULL)
@@ -319,7 +339,8 @@ static int step(struct transfer *transfer, struct item *item) {
     return code;
 }
 
-static bool all_ended(const struct transfer *transfer) {
+static bool all_ended(const struct transfer *transfer)
+{
     for (size_t i = 0; i < transfer->items; i++)
         if (transfer->item[i].state != ITEM_ENDED)
             return false;
@@ -327,7 +348,8 @@ static bool all_ended(const struct transfer *transfer) {
 }
 
 /* Mutex held. */
-static int carry_out(struct transfer *transfer, uint64_t deadline) {
+static int carry_out(struct transfer *transfer, uint64_t deadline)
+{
     struct communicator *c = transfer->communicator;
     for (;;) {
         for (size_t i = 0; i < transfer->items; i++) {
@@ -349,7 +371,8 @@ static int carry_out(struct transfer *transfer, uint64_t deadline) {
     }
 }
 
-static int run(struct sim_task *task) {
+static int run(struct sim_task *task)
+{
     struct transfer *transfer = (struct transfer *)task;
     uint64_t limit = transfer->communicator->execution_timeout_ns;
     uint64_t deadline = limit == UINT64_MAX ? UINT64_MAX : sim_now() + limit;
@@ -377,7 +400,8 @@ static int run(struct sim_task *task) {
 }
 
 /* The peers of what was not finished need not look for us. */
-static void withdraw(struct transfer *transfer) {
+static void withdraw(struct transfer *transfer)
+{
     for (size_t i = 0; i < transfer->items; i++) {
         struct item *item = &transfer->item[i];
         if (item->link == NULL || item->state == ITEM_NEW || item->state == ITEM_ENDED)
@@ -387,7 +411,8 @@ static void withdraw(struct transfer *transfer) {
     }
 }
 
-static void end(struct sim_task *task, int code) {
+static void end(struct sim_task *task, int code)
+{
     struct transfer *transfer = (struct transfer *)task;
     struct communicator *c = transfer->communicator;
     reception_lock();
@@ -411,7 +436,8 @@ static void end(struct sim_task *task, int code) {
 
 /* ---- the first operation of a lane meets the peer's inside the call ---- */
 
-static void open_lane(struct transfer *transfer, struct item *item) {
+static void open_lane(struct transfer *transfer, struct item *item)
+{
     struct lane *lane = &item->link->lanes[transfer->entry][item->role];
     if (lane->open || lane->said)
         return;
@@ -423,7 +449,8 @@ static void open_lane(struct transfer *transfer, struct item *item) {
         socket_send(item->link->socket, frame, NULL, -1);
 }
 
-static void close_lanes(struct transfer *transfer) {
+static void close_lanes(struct transfer *transfer)
+{
     for (size_t i = 0; i < transfer->items; i++) {
         struct link *link = transfer->item[i].link;
         struct lane *lane = link != NULL ? &link->lanes[transfer->entry][transfer->item[i].role] : NULL;
@@ -437,7 +464,8 @@ static void close_lanes(struct transfer *transfer) {
 }
 
 /* The peer's first operation of this lane is here: compare. */
-static HcclResult await_lane(struct transfer *transfer, struct item *item, uint64_t deadline) {
+static HcclResult await_lane(struct transfer *transfer, struct item *item, uint64_t deadline)
+{
     const char *function = transfer->task.what;
     struct communicator *c = transfer->communicator;
     struct lane *lane = &item->link->lanes[transfer->entry][item->role];
@@ -454,14 +482,15 @@ static HcclResult await_lane(struct transfer *transfer, struct item *item, uint6
     if (lane->open)
         return HCCL_SUCCESS;
     if (lane->peer_count != item->count || lane->peer_type != item->type)
-        return sim_refuse("comm_order", HCCL_E_PARA, "%s: %s: %llu of type %d here, %llu of type %d at rank %u", function,
-                          what_differs, (unsigned long long)item->count, item->type, (unsigned long long)lane->peer_count,
-                          lane->peer_type, item->link->peer);
+        return sim_refuse("comm_order", HCCL_E_PARA, "%s: %s: %llu of type %d here, %llu of type %d at rank %u",
+                          function, what_differs, (unsigned long long)item->count, item->type,
+                          (unsigned long long)lane->peer_count, lane->peer_type, item->link->peer);
     lane->open = true;
     return HCCL_SUCCESS;
 }
 
-static bool all_open(const struct transfer *transfer) {
+static bool all_open(const struct transfer *transfer)
+{
     for (size_t i = 0; i < transfer->items; i++) {
         const struct item *item = &transfer->item[i];
         if (item->link != NULL && !item->link->lanes[transfer->entry][item->role].open)
@@ -470,7 +499,8 @@ static bool all_open(const struct transfer *transfer) {
     return true;
 }
 
-static HcclResult meet_peer(struct transfer *transfer, struct link *link, uint64_t deadline) {
+static HcclResult meet_peer(struct transfer *transfer, struct link *link, uint64_t deadline)
+{
     const char *function = transfer->task.what;
     HcclResult result = communicator_fault(function, "link.meet", transfer->communicator, link);
     if (result != HCCL_SUCCESS)
@@ -478,11 +508,11 @@ static HcclResult meet_peer(struct transfer *transfer, struct link *link, uint64
     reception_lock();
     result = meeting_await(function, link, deadline);
     reception_unlock();
-    return result != HCCL_SUCCESS ? result
-                                  : communicator_fault(function, "link.peer", transfer->communicator, link);
+    return result != HCCL_SUCCESS ? result : communicator_fault(function, "link.peer", transfer->communicator, link);
 }
 
-static bool first_of_link(const struct transfer *transfer, size_t i) {
+static bool first_of_link(const struct transfer *transfer, size_t i)
+{
     const struct link *link = transfer->item[i].link;
     for (size_t before = 0; before < i; before++)
         if (transfer->item[before].link == link)
@@ -490,15 +520,17 @@ static bool first_of_link(const struct transfer *transfer, size_t i) {
     return link != NULL;
 }
 
-static HcclResult open_lanes(struct transfer *transfer) {
+static HcclResult open_lanes(struct transfer *transfer)
+{
     reception_lock();
     bool open = all_open(transfer);
     reception_unlock();
     if (open)
         return HCCL_SUCCESS;
-    uint64_t deadline = sim_now() + hccl_environment(transfer->task.what)->connect_timeout_ns;
+    uint64_t deadline = sim_now() + hccl_scaled_ns((double)hccl_environment(transfer->task.what)->connect_timeout_s);
     for (size_t i = 0; i < transfer->items; i++) {
-        HcclResult result = first_of_link(transfer, i) ? meet_peer(transfer, transfer->item[i].link, deadline) : HCCL_SUCCESS;
+        HcclResult result =
+            first_of_link(transfer, i) ? meet_peer(transfer, transfer->item[i].link, deadline) : HCCL_SUCCESS;
         if (result != HCCL_SUCCESS)
             return result;
     }
@@ -518,19 +550,22 @@ static HcclResult open_lanes(struct transfer *transfer) {
 
 /* ---- enqueuing ---- */
 
-uint64_t hccl_type_bytes(HcclDataType type) {
+uint64_t hccl_type_bytes(HcclDataType type)
+{
     static const uint8_t sizes[] = {1, 2, 4, 2, 4, 8, 8, 1, 2, 4, 8, 2, 16, 0, 1, 1, 1, 1};
     return type >= 0 && (size_t)type < sizeof sizes ? sizes[type] : 0;
 }
 
-static void discard(struct transfer *transfer) {
+static void discard(struct transfer *transfer)
+{
     for (size_t i = 0; i < transfer->task.use_count; i++)
         sim_view_close(&transfer->task.uses[i].view);
     free(transfer->task.uses);
     free(transfer);
 }
 
-static struct transfer *new_transfer(const char *function, struct communicator *c, enum entry_point entry, size_t items) {
+static struct transfer *new_transfer(const char *function, struct communicator *c, enum entry_point entry, size_t items)
+{
     struct transfer *transfer = calloc(1, sizeof *transfer + items * sizeof transfer->item[0]);
     if (transfer == NULL)
         return NULL;
@@ -548,7 +583,8 @@ static struct transfer *new_transfer(const char *function, struct communicator *
 
 /* Everything of one operation that can be checked here; it becomes the transfer's next item. */
 static HcclResult add_item(struct transfer *transfer, enum role role, void *buffer, uint64_t count, HcclDataType type,
-                           uint32_t peer) {
+                           uint32_t peer)
+{
     const char *function = transfer->task.what;
     struct communicator *c = transfer->communicator;
     uint64_t size = hccl_type_bytes(type);
@@ -557,7 +593,8 @@ static HcclResult add_item(struct transfer *transfer, enum role role, void *buff
     if (size == 0)
         return sim_fail(HCCL_E_NOT_SUPPORT, "%s: data type %d", function, type);
     if (count > HCCL_COUNT_MAX)
-        return sim_fail(HCCL_E_PARA, "%s: count %llu is above %llu", function, (unsigned long long)count, HCCL_COUNT_MAX);
+        return sim_fail(HCCL_E_PARA, "%s: count %llu is above %llu", function, (unsigned long long)count,
+                        HCCL_COUNT_MAX);
     if (peer >= c->ranks)
         return sim_fail(HCCL_E_PARA, "%s: rank %u of %u", function, peer, c->ranks);
     if (peer == c->rank && transfer->entry == ENTRY_SINGLE)
@@ -570,7 +607,8 @@ static HcclResult add_item(struct transfer *transfer, enum role role, void *buff
     use->writes = role == ROLE_RECEIVE;
     transfer->task.use_count++;
     if (use->view.where != SIM_DEVICE || use->view.device != c->device)
-        return sim_refuse("wrong_device", HCCL_E_PARA, "%s: %p is not memory of device %d", function, buffer, c->device->id);
+        return sim_refuse("wrong_device", HCCL_E_PARA, "%s: %p is not memory of device %d", function, buffer,
+                          c->device->id);
     transfer->item[transfer->items++] = (struct item){.link = peer == c->rank ? NULL : &c->links[peer],
                                                       .role = role,
                                                       .count = count,
@@ -581,7 +619,8 @@ static HcclResult add_item(struct transfer *transfer, enum role role, void *buff
 }
 
 /* Gives numbers and queues. The transfer is no longer ours. */
-static HcclResult submit(struct transfer *transfer, struct sim_stream *stream) {
+static HcclResult submit(struct transfer *transfer, struct sim_stream *stream)
+{
     const char *function = transfer->task.what;
     struct communicator *c = transfer->communicator;
     HcclResult result = HCCL_SUCCESS;
@@ -589,11 +628,12 @@ static HcclResult submit(struct transfer *transfer, struct sim_stream *stream) {
     if (c->closing)
         result = sim_fail(HCCL_E_INTERNAL, "%s: the communicator was destroyed meanwhile", function);
     else if (c->aborted)
-        result = sim_misuse("comm_order", HCCL_E_PARA, "%s: an operation of \"%s\" was aborted: its order is unknown", function,
-                            c->name);
+        result = sim_misuse("comm_order", HCCL_E_PARA, "%s: an operation of \"%s\" was aborted: its order is unknown",
+                            function, c->name);
     if (result == HCCL_SUCCESS && c->queued > 0 && c->stream != stream)
-        result = sim_misuse("comm_two_streams", HCCL_E_PARA, "%s: operations of \"%s\" are queued on stream %d, this is %d",
-                            function, c->name, sim_stream_id(c->stream), sim_stream_id(stream));
+        result =
+            sim_misuse("comm_two_streams", HCCL_E_PARA, "%s: operations of \"%s\" are queued on stream %d, this is %d",
+                       function, c->name, sim_stream_id(c->stream), sim_stream_id(stream));
     if (result != HCCL_SUCCESS) {
         reception_unlock();
         discard(transfer);
@@ -617,7 +657,8 @@ static HcclResult submit(struct transfer *transfer, struct sim_stream *stream) {
 }
 
 /* The end of each call: first operations meet, then the work is queued. */
-static HcclResult start(struct transfer *transfer, aclrtStream handle, struct sim_context *context) {
+static HcclResult start(struct transfer *transfer, aclrtStream handle, struct sim_context *context)
+{
     struct sim_stream *stream;
     const char *function = transfer->task.what;
     HcclResult result = HCCL_SUCCESS;
@@ -641,7 +682,8 @@ static HcclResult start(struct transfer *transfer, aclrtStream handle, struct si
 }
 
 static HcclResult single(const char *function, enum role role, void *buffer, uint64_t count, HcclDataType type,
-                         uint32_t peer, HcclComm comm, aclrtStream stream) {
+                         uint32_t peer, HcclComm comm, aclrtStream stream)
+{
     struct sim_context *context;
     struct communicator *c;
     HcclResult result = communicator_enter(function, comm, true, &context, &c);
@@ -660,17 +702,20 @@ static HcclResult single(const char *function, enum role role, void *buffer, uin
 }
 
 SIM_API HcclResult HcclSend(void *buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm comm,
-                            aclrtStream stream) {
+                            aclrtStream stream)
+{
     return single("HcclSend", ROLE_SEND, buffer, count, type, peer, comm, stream);
 }
 
 SIM_API HcclResult HcclRecv(void *buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm comm,
-                            aclrtStream stream) {
+                            aclrtStream stream)
+{
     return single("HcclRecv", ROLE_RECEIVE, buffer, count, type, peer, comm, stream);
 }
 
 /* Sends to oneself become copies to the receives of the same batch, in their order. */
-static HcclResult pair_own(struct transfer *transfer) {
+static HcclResult pair_own(struct transfer *transfer)
+{
     size_t receive = 0;
     for (size_t i = 0; i < transfer->items; i++) {
         struct item *sender = &transfer->item[i];
@@ -692,19 +737,21 @@ static HcclResult pair_own(struct transfer *transfer) {
     return HCCL_SUCCESS;
 }
 
-static HcclResult fill_batch(struct transfer *transfer, const HcclSendRecvItem *items, uint32_t count) {
+static HcclResult fill_batch(struct transfer *transfer, const HcclSendRecvItem *items, uint32_t count)
+{
     for (uint32_t i = 0; i < count; i++) {
         if (items[i].kind != 0 && items[i].kind != 1)
             return sim_fail(HCCL_E_PARA, "HcclBatchSendRecv: item %u is of kind %d", i, items[i].kind);
-        HcclResult result = add_item(transfer, items[i].kind == 0 ? ROLE_SEND : ROLE_RECEIVE, items[i].buf, items[i].count,
-                                     items[i].dataType, items[i].remoteRank);
+        HcclResult result = add_item(transfer, items[i].kind == 0 ? ROLE_SEND : ROLE_RECEIVE, items[i].buf,
+                                     items[i].count, items[i].dataType, items[i].remoteRank);
         if (result != HCCL_SUCCESS)
             return result;
     }
     return pair_own(transfer);
 }
 
-SIM_API HcclResult HcclBatchSendRecv(HcclSendRecvItem *items, uint32_t count, HcclComm comm, aclrtStream stream) {
+SIM_API HcclResult HcclBatchSendRecv(HcclSendRecvItem *items, uint32_t count, HcclComm comm, aclrtStream stream)
+{
     struct sim_context *context;
     struct communicator *c;
     HcclResult result = communicator_enter("HcclBatchSendRecv", comm, true, &context, &c);
@@ -724,7 +771,8 @@ SIM_API HcclResult HcclBatchSendRecv(HcclSendRecvItem *items, uint32_t count, Hc
 }
 
 /* A barrier is an empty send to and an empty receive from every other rank. */
-SIM_API HcclResult HcclBarrier(HcclComm comm, aclrtStream stream) {
+SIM_API HcclResult HcclBarrier(HcclComm comm, aclrtStream stream)
+{
     struct sim_context *context;
     struct communicator *c;
     HcclResult result = communicator_enter("HcclBarrier", comm, true, &context, &c);

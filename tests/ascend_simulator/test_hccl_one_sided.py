@@ -535,3 +535,16 @@ def test_unbinding_under_a_get(pair):
     assert initiator.call(one_sided, "Get", 0, [(here, there, 64)]) == SUCCESS
     assert initiator.call(with_comm, "HcclCommUnbindMem", "registration") == E_PARA
     assert initiator.call(counter, "misuse.comm_busy_destroy") == 1
+
+
+def test_a_name_is_used_again_and_again(program):
+    peer, initiator = (Rank(program(HBM_MIB=64), device) for device in (0, 1))
+    for _ in range(30):
+        calls = [
+            on(rank, create_from_table, table(), number, name="again") for number, rank in enumerate((peer, initiator))
+        ]
+        assert together(calls) == [SUCCESS] * 2
+        assert together([on(peer, prepare), on(initiator, prepare)]) == [SUCCESS] * 2
+        assert together([on(peer, destroy), on(initiator, destroy)]) == [SUCCESS] * 2
+    for rank in (peer, initiator):
+        rank.finish()
