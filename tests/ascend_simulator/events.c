@@ -295,6 +295,22 @@ static int get_both(const char *function, unsigned needs, aclrtEvent handle, acl
     return code;
 }
 
+/* Takes the held event over, as enqueue does. A record that the stream refuses leaves the event as it was. */
+static int record(struct sim_stream *stream, struct sim_event *event)
+{
+    sim_object_hold(&event->object);
+    pthread_mutex_lock(&event->lock);
+    uint64_t generation = ++event->recorded;
+    pthread_mutex_unlock(&event->lock);
+    int code = enqueue("aclrtRecordEvent", stream, event, run_record, generation, 0);
+    pthread_mutex_lock(&event->lock);
+    if (code && event->recorded == generation)
+        event->recorded--;
+    pthread_mutex_unlock(&event->lock);
+    put(event);
+    return code;
+}
+
 SIM_API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle)
 {
     struct sim_event *event;
@@ -307,10 +323,7 @@ SIM_API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle)
     if (code) {
         put(event);
     } else {
-        pthread_mutex_lock(&event->lock);
-        uint64_t generation = ++event->recorded;
-        pthread_mutex_unlock(&event->lock);
-        code = enqueue(__func__, stream, event, run_record, generation, 0);
+        code = record(stream, event);
     }
     sim_stream_put(stream);
     return code;

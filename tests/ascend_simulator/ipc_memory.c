@@ -106,7 +106,7 @@ static void greet(void)
         return;
     struct timeval patience = {.tv_sec = 2};
     struct request request;
-    struct answer answer;
+    struct answer answer = {.code = ACL_IPC_ERROR}; /* no room for another importer */
     struct ucred who = {0};
     socklen_t length = sizeof who;
     setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
@@ -366,6 +366,8 @@ static int refusal(const char *function, const struct answer *answer, struct sim
         return sim_refuse("wrong_device", ACL_PARAM_INVALID,
                           "%s: memory of device %d of the server for device %d: neither flag 1 nor aclrtDeviceEnablePeerAccess",
                           function, answer->physical, own->physical);
+    case ACL_IPC_ERROR:
+        return sim_fail(answer->code, "%s: the owner has %d imports and no room for more", function, MOST_CONNECTIONS);
     default:
         return sim_fail(answer->code, "%s: the owner has no export with this key", function);
     }

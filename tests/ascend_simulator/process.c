@@ -84,6 +84,8 @@ static int start(const char *path)
     int code = path ? read_configuration(path) : 0;
     if (!code)
         code = sim_knobs_load();
+    if (!code)
+        code = sim_fault_at_call("aclInit", -1);
     if (code)
         return code;
     pthread_once(&fork_watched, watch_forks);
@@ -92,7 +94,7 @@ static int start(const char *path)
     sim_dereference_watch();
     atomic_store(&state, RUNNING);
     references = 1;
-    return sim_fault_at_call("aclInit", -1);
+    return 0;
 }
 
 SIM_API aclError aclInit(const char *path)

@@ -37,6 +37,14 @@ def test_which_occurrence(program, faults, failing):
     assert (struck, called, alive) == (len(failing), 5, 5 - len(failing))
 
 
+def init_twice(acl: Acl):
+    return [acl.aclInit(None), acl.aclrtSetDevice(0), acl.aclInit(None), acl.aclrtSetDevice(0)]
+
+
+def test_failing_initialisation_initialises_nothing(program):
+    assert program(FAULTS="aclInit=code(500000)").call(init_twice) == [500000, 100001, 500000, 100001]
+
+
 def set_two_devices(acl: Acl):
     acl.ok("aclInit", None)
     return [acl.aclrtSetDevice(device) for device in (0, 1, 0)]

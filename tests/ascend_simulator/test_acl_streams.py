@@ -248,6 +248,19 @@ def test_who_waits_behind_dropped_tasks_hangs_until_aborted(program):
     assert program(MIN_DELAY_US=200_000).call(wait_for_dropped_record) == [507046, 507047, 0]
 
 
+def record_on_aborted_stream(acl: Acl):
+    acl.start()
+    stream, event = acl.stream(), acl.event()
+    acl.ok("aclrtRecordEvent", event, stream)
+    acl.sync(stream)
+    acl.ok("aclrtStreamAbort", stream)
+    return acl.aclrtRecordEvent(event, stream), acl.aclrtSynchronizeEventWithTimeout(event, 0)
+
+
+def test_refused_record_leaves_the_event_as_it_was(program):
+    assert program().call(record_on_aborted_stream) == (107023, 0)
+
+
 def wait_with_limit(acl: Acl):
     acl.start()
     first, second, event = acl.stream(), acl.stream(), acl.event()

@@ -11,6 +11,7 @@ import pytest
 from tests.ascend_simulator import build
 
 
+@pytest.mark.timeout(300)  # compiles the library, on a machine that may be busy
 @pytest.mark.parametrize("sanitize", ["thread", "address"])
 @pytest.mark.skipif("SANITIZE" in os.environ, reason="everything runs under a sanitizer already")
 def test_stress(world, sanitize):
@@ -28,6 +29,6 @@ def test_stress(world, sanitize):
     if subprocess.run([sys.executable, "-c", ""], env=environment, check=False).returncode:
         pytest.skip(f"this interpreter does not start with the {sanitize} sanitizer's library")
     command = [sys.executable, "-m", "tests.ascend_simulator.stress", str(build.library("", sanitize))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "libascend_simulator" not in done.stderr, done.stderr
