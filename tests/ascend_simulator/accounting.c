@@ -1,7 +1,8 @@
 /* Who has taken how much of each device of the server: one table for all processes, in memory that has no name.
 
-   The first process makes the table and listens on a socket. Whoever comes later gets both, the table and the listening socket
-   itself, from any process that is there; so the table lives as long as the last of them, killed or not, and leaves nothing. */
+   The first process makes the table and listens on a socket. Whoever comes later gets both, the table and the listening
+   socket itself, from any process that is there; so the table lives as long as the last of them, killed or not, and
+   leaves nothing. */
 #include "internal.h"
 
 #include <errno.h>
@@ -138,7 +139,8 @@ static bool fetch_table(void)
     setsockopt(connection, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     char greeting;
     int files[2];
-    bool fetched = !connect(connection, (struct sockaddr *)&name, length) && !sim_receive_files(connection, &greeting, 1, files, 2);
+    bool fetched = !connect(connection, (struct sockaddr *)&name, length) &&
+                   !sim_receive_files(connection, &greeting, 1, files, 2);
     close(connection);
     if (fetched) {
         table_file = files[0];
@@ -155,7 +157,9 @@ static int join_table(void)
         if (socket >= 0) {
             listener = socket;
             table_file = make_table(socket);
-            return table_file < 0 ? sim_fail(ACL_INTERNAL_ERROR, "the server's table cannot be made: %s", strerror(errno)) : 0;
+            return table_file < 0
+                       ? sim_fail(ACL_INTERNAL_ERROR, "the server's table cannot be made: %s", strerror(errno))
+                       : 0;
         }
         if (fetch_table())
             return 0;

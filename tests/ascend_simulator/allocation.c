@@ -29,7 +29,8 @@ static size_t page_of(size_t size, int policy)
     }
 }
 
-/* Where in its block an allocation begins: at an odd multiple of 64 in small pages, in huge ones where the knob says. */
+/* Where in its block an allocation begins: at an odd multiple of 64 in small pages, in huge ones where the knob
+   says. */
 static size_t offset_of(size_t page)
 {
     return page == PAGE ? PROMISED : (size_t)sim_knob(SIM_HUGE_OFFSET) / PROMISED * PROMISED;
@@ -92,7 +93,8 @@ static int allocate(const char *function, void **address, size_t size, int polic
         release(range);
     }
     sim_discharge(device, sim_round_up(taken, page));
-    return sim_fail(ACL_MEMORY_ALLOCATION, "%s: no room for %zu bytes in one piece on device %d", function, size, device->id);
+    return sim_fail(ACL_MEMORY_ALLOCATION, "%s: no room for %zu bytes in one piece on device %d", function, size,
+                    device->id);
 }
 
 SIM_API aclError aclrtMalloc(void **address, size_t size, int policy)
@@ -121,7 +123,8 @@ static int refuse_unknown(const char *function, const void *address)
     char text[160];
     bool at_begin;
     if (sim_range_was(address, text, sizeof text, &at_begin) && at_begin)
-        return sim_refuse("double_free", ACL_PARAM_INVALID, "%s: %p was %s, which was freed before", function, address, text);
+        return sim_refuse("double_free", ACL_PARAM_INVALID, "%s: %p was %s, which was freed before", function, address,
+                          text);
     return sim_refuse("foreign_free", ACL_PARAM_INVALID, "%s: %p is the begin of no allocation", function, address);
 }
 
@@ -131,12 +134,15 @@ static int check_free(const char *function, struct sim_range *range, const void 
     char text[160];
     sim_range_words(range, text, sizeof text);
     if (range->where != SIM_DEVICE || range->address != (uintptr_t)address)
-        return sim_refuse("foreign_free", ACL_PARAM_INVALID, "%s: %p lies in %s and is not the begin of an allocation", function,
-                          address, text);
+        return sim_refuse("foreign_free", ACL_PARAM_INVALID, "%s: %p lies in %s and is not the begin of an allocation",
+                          function, address, text);
     if (range->device != device)
-        return sim_refuse("wrong_device", ACL_PARAM_INVALID, "%s: %s, but the thread's device is %d", function, text, device->id);
+        return sim_refuse("wrong_device", ACL_PARAM_INVALID, "%s: %s, but the thread's device is %d", function, text,
+                          device->id);
     const char *user = sim_used_by((void *)range->address, range->size);
-    int code = user ? sim_misuse("use_after_free", ACL_PARAM_INVALID, "%s: %s is still used by a queued %s", function, text, user) : 0;
+    int code = user ? sim_misuse("use_after_free", ACL_PARAM_INVALID, "%s: %s is still used by a queued %s", function,
+                                 text, user)
+                    : 0;
     if (!code && atomic_load(&range->exports))
         code = sim_misuse("ipc_free_exported", ACL_PARAM_INVALID, "%s: %s is still exported", function, text);
     return code;

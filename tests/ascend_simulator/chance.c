@@ -1,4 +1,5 @@
-/* Random numbers: one sequence for LLMDD_SIM_SEED, so that a run can be repeated, and letters that no other process draws. */
+/* Random numbers: one sequence for LLMDD_SIM_SEED, so that a run can be repeated, and letters that no other process
+   draws. */
 #include "simulator.h"
 
 #include <unistd.h>
@@ -20,7 +21,8 @@ void sim_chance_start(void)
 {
     pthread_mutex_lock(&lock);
     state = (uint64_t)sim_knob(SIM_SEED);
-    /* Two processes with one seed must not draw one key; the clock keeps apart those that come after each other with one id. */
+    /* Two processes with one seed must not draw one key; the clock keeps apart those that come after each other with
+       one id. */
     uint64_t number = (uint64_t)sim_knob(SIM_SEED) ^ ((uint64_t)getpid() << 32);
     nonce_state = mixed(&number) ^ sim_now();
     pthread_mutex_unlock(&lock);

@@ -1,5 +1,5 @@
-/* Contexts: what a thread's calls belong to. Those that ended stay as empty shells, so that a thread which still names one can be
-   told so. */
+/* Contexts: what a thread's calls belong to. Those that ended stay as empty shells, so that a thread which still names
+   one can be told so. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -113,7 +113,8 @@ SIM_API aclError aclrtCreateContext(aclrtContext *context, int32_t id)
         return sim_fail(ACL_INVALID_PARAM, "aclrtCreateContext: context is null");
     struct sim_device *device = sim_device(id);
     if (!device)
-        return sim_fail(ACL_INVALID_DEVICEID, "aclrtCreateContext: deviceId %d: there are %d visible devices", id, sim_device_count());
+        return sim_fail(ACL_INVALID_DEVICEID, "aclrtCreateContext: deviceId %d: there are %d visible devices", id,
+                        sim_device_count());
     code = sim_device_prepare(device);
     if (code)
         return code;
@@ -129,8 +130,8 @@ static struct sim_context *find(const char *function, aclrtContext handle, int *
 {
     struct sim_context *context = (struct sim_context *)sim_handle_get(handle, SIM_CONTEXT_HANDLE);
     if (!context)
-        *code = sim_refuse(sim_handle_closed(handle, SIM_CONTEXT_HANDLE) ? "use_after_free" : "wrong_device", ACL_PARAM_INVALID,
-                           "%s: %p is no context%s", function, handle,
+        *code = sim_refuse(sim_handle_closed(handle, SIM_CONTEXT_HANDLE) ? "use_after_free" : "wrong_device",
+                           ACL_PARAM_INVALID, "%s: %p is no context%s", function, handle,
                            sim_handle_closed(handle, SIM_CONTEXT_HANDLE) ? " any more: it was destroyed" : "");
     return context;
 }
@@ -146,11 +147,13 @@ SIM_API aclError aclrtDestroyContext(aclrtContext handle)
     if (!context)
         return code;
     if (context->is_default)
-        return sim_fail(ACL_PARAM_INVALID, "aclrtDestroyContext: the default context of device %d ends with aclrtResetDevice",
+        return sim_fail(ACL_PARAM_INVALID,
+                        "aclrtDestroyContext: the default context of device %d ends with aclrtResetDevice",
                         context->device->id);
     size_t streams = sim_context_streams_alive(context);
     if (streams)
-        code = sim_misuse("leak", ACL_PARAM_INVALID, "aclrtDestroyContext: %zu streams of the context are left", streams);
+        code =
+            sim_misuse("leak", ACL_PARAM_INVALID, "aclrtDestroyContext: %zu streams of the context are left", streams);
     if (current == context)
         current = NULL;
     end(context);

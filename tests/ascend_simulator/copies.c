@@ -52,7 +52,8 @@ static int check_uses(void *about)
 /* `within`: the task itself on a stream, NULL for a copy on the caller's thread. */
 static int move(struct sim_task *task, struct sim_task *within, int device)
 {
-    struct sim_copy copy = {task->uses[0].view.bytes, task->uses[1].view.bytes, task->uses[0].view.size, check_uses, task};
+    struct sim_copy copy = {task->uses[0].view.bytes, task->uses[1].view.bytes, task->uses[0].view.size, check_uses,
+                            task};
     return sim_copy_pieces(within, &copy, sim_fault("exec.copy", device, within, NULL, NULL));
 }
 
@@ -103,8 +104,8 @@ static int check_kind(const char *function, const struct sim_view *to, const str
     int real = (on_device(from) ? 2 : 0) | (on_device(to) ? 1 : 0); /* the first four kinds in their order */
     if (kind == ACL_DEFAULT || kind == real)
         return 0;
-    return sim_misuse("wrong_kind", ACL_PARAM_INVALID, "%s: kind %d, but the copy goes from %s to %s", function, kind, side(from),
-                      side(to));
+    return sim_misuse("wrong_kind", ACL_PARAM_INVALID, "%s: kind %d, but the copy goes from %s to %s", function, kind,
+                      side(from), side(to));
 }
 
 static int check_overlap(const char *function, const struct sim_view *to, const struct sim_view *from)
@@ -112,25 +113,28 @@ static int check_overlap(const char *function, const struct sim_view *to, const 
     uintptr_t one = (uintptr_t)to->address, other = (uintptr_t)from->address;
     if (one >= other + from->size || other >= one + to->size)
         return 0;
-    return sim_misuse("overlap_copy", ACL_PARAM_INVALID, "%s: %zu bytes at %p and at %p overlap", function, to->size, to->address,
-                      from->address);
+    return sim_misuse("overlap_copy", ACL_PARAM_INVALID, "%s: %zu bytes at %p and at %p overlap", function, to->size,
+                      to->address, from->address);
 }
 
 /* Imported from another device, memory serves asynchronous copies between devices and nothing else. */
-static int check_import(const char *function, const struct sim_view *one, const struct sim_view *other, int kind, bool at_once)
+static int check_import(const char *function, const struct sim_view *one, const struct sim_view *other, int kind,
+                        bool at_once)
 {
     if (one->where != SIM_IMPORTED || one->range->physical == one->device->physical)
         return 0;
     const char *what = at_once ? "a synchronous copy" : kind == ACL_DEFAULT ? "a copy of kind default" : NULL;
     if (!on_device(other))
         what = "a copy between host and device";
-    return what ? sim_refuse("wrong_kind", ACL_PARAM_INVALID, "%s: %p was imported from another device and does not serve %s", function,
-                             one->address, what)
+    return what ? sim_refuse("wrong_kind", ACL_PARAM_INVALID,
+                             "%s: %p was imported from another device and does not serve %s", function, one->address,
+                             what)
                 : 0;
 }
 
 /* May `own`, which carries the copy out, reach the memory? */
-static int check_device(const char *function, const struct sim_view *view, const struct sim_view *other, struct sim_device *own)
+static int check_device(const char *function, const struct sim_view *view, const struct sim_view *other,
+                        struct sim_device *own)
 {
     char text[160];
     if (!on_device(view) || view->device == own)
@@ -140,12 +144,12 @@ static int check_device(const char *function, const struct sim_view *view, const
                           sim_range_words(view->range, text, sizeof text), own->id);
     if (sim_peer_enabled(own, view->device))
         return 0;
-    return sim_refuse("wrong_device", ACL_PARAM_INVALID, "%s: %s: access to this peer is not enabled on device %d", function,
-                      sim_range_words(view->range, text, sizeof text), own->id);
+    return sim_refuse("wrong_device", ACL_PARAM_INVALID, "%s: %s: access to this peer is not enabled on device %d",
+                      function, sim_range_words(view->range, text, sizeof text), own->id);
 }
 
-static int check_places(const char *function, const struct sim_view *to, const struct sim_view *from, int kind, bool at_once,
-                        struct sim_device *own)
+static int check_places(const char *function, const struct sim_view *to, const struct sim_view *from, int kind,
+                        bool at_once, struct sim_device *own)
 {
     int code = check_kind(function, to, from, kind);
     if (!code)
@@ -160,7 +164,8 @@ static int check_places(const char *function, const struct sim_view *to, const s
 }
 
 /* Before places are looked at; `nothing` says that there is nothing to do. */
-static int check_sizes(const char *function, const void *to, size_t most, const void *from, size_t count, int kind, bool *nothing)
+static int check_sizes(const char *function, const void *to, size_t most, const void *from, size_t count, int kind,
+                       bool *nothing)
 {
     *nothing = count == 0 || to == from;
     if (kind < ACL_HOST_TO_HOST || kind > ACL_DEFAULT)
@@ -197,7 +202,8 @@ static struct copy_task *make_copy(const char *function, void *to, const void *f
         *code = sim_fail(ACL_BAD_ALLOC, "%s: no host memory", function);
         return NULL;
     }
-    task->task = (struct sim_task){.what = function, .run = run_copy, .end = end_copy, .uses = uses, .use_count = from ? 2 : 1};
+    task->task =
+        (struct sim_task){.what = function, .run = run_copy, .end = end_copy, .uses = uses, .use_count = from ? 2 : 1};
     uses[0].writes = true;
     *code = sim_view_open(function, to, count, &uses[0].view);
     if (!*code && from)
@@ -215,8 +221,9 @@ static int check_busy(const char *function, const struct sim_task *task)
     for (size_t i = 0; i < task->use_count; i++) {
         const struct sim_view *view = &task->uses[i].view;
         const char *writer = sim_written_by(view->address, view->size);
-        int code = writer ? sim_misuse("busy_buffer_read", ACL_PARAM_INVALID, "%s: %zu bytes at %p are still written by a queued %s",
-                                       function, view->size, view->address, writer)
+        int code = writer ? sim_misuse("busy_buffer_read", ACL_PARAM_INVALID,
+                                       "%s: %zu bytes at %p are still written by a queued %s", function, view->size,
+                                       view->address, writer)
                           : 0;
         if (code)
             return code;
@@ -274,8 +281,9 @@ static int copy_on_stream(const char *function, struct copy_task *task, struct s
     int code = check_places(function, to, from, kind, false, sim_stream_device(stream));
     bool both = on_device(to) && on_device(from);
     if (!code && both && ((uintptr_t)to->address | (uintptr_t)from->address) % COPY_ALIGNMENT)
-        code = sim_misuse("unaligned", ACL_PARAM_INVALID, "%s: from %p to %p: between devices both must be multiples of 64", function,
-                          from->address, to->address);
+        code = sim_misuse("unaligned", ACL_PARAM_INVALID,
+                          "%s: from %p to %p: between devices both must be multiples of 64", function, from->address,
+                          to->address);
     if (!code && to->where == SIM_PINNED && from->where == SIM_PINNED)
         code = sim_fail(ACL_FEATURE_NOT_SUPPORT, "%s: both sides are pinned host memory", function);
     if (code) {
@@ -306,7 +314,8 @@ SIM_API aclError aclrtMemcpyAsync(void *to, size_t most, const void *from, size_
 }
 
 /* Common to both fills: `nothing` or the task. */
-static struct copy_task *make_fill(const char *function, void *to, size_t most, int value, size_t count, struct sim_device *own, int *code)
+static struct copy_task *make_fill(const char *function, void *to, size_t most, int value, size_t count,
+                                   struct sim_device *own, int *code)
 {
     if (!to)
         *code = sim_fail(ACL_INVALID_PARAM, "%s: devPtr is null", function);

@@ -1,5 +1,5 @@
-/* The memory of each device in this process: a file without a name, mapped twice. The program gets addresses of the first mapping,
-   which allows nothing; the simulator works through the second one. */
+/* The memory of each device in this process: a file without a name, mapped twice. The program gets addresses of the
+   first mapping, which allows nothing; the simulator works through the second one. */
 #include "internal.h"
 
 #include <errno.h>
@@ -91,7 +91,8 @@ static size_t span_of_device(void)
     return sim_round_up(2 * (size_t)sim_knob(SIM_HBM_MIB) * MIB + (size_t)sim_knob(SIM_QUARANTINE_MIB) * MIB, GIB);
 }
 
-/* One range for all devices and imports. Where it lies differs between processes, so that a mixed-up address is found. */
+/* One range for all devices and imports. Where it lies differs between processes, so that a mixed-up address is
+   found. */
 static int reserve(void)
 {
     if (reserved)
@@ -99,7 +100,8 @@ static int reserve(void)
     char letters[3];
     sim_nonce(letters, 3);
     size_t number = ((size_t)(letters[0] - 'a') * 26 + (size_t)(letters[1] - 'a')) * 26 + (size_t)(letters[2] - 'a');
-    /* Somewhere in the middle of the address space, and, where the system takes no advice, somewhere in what it gives. */
+    /* Somewhere in the middle of the address space, and, where the system takes no advice, somewhere in what it
+       gives. */
     void *hint = (void *)(0x120000000000 + number * 2 * GIB);
     size_t shift = number % 64 * GIB;
     size_t size = (size_t)sim_device_count() * span_of_device() + IMPORT_SPACE + GIB + shift;
@@ -227,8 +229,9 @@ bool sim_block_take(struct sim_device *device, size_t size, size_t alignment, si
     struct memory *memory = &memories[device->id];
     pthread_mutex_lock(&memory->lock);
     bool found;
-    while (!(found = get_block(&memory->free_blocks, &memory->free_count, &memory->free_room, size, alignment, start)) &&
-           memory->quarantine_count)
+    while (
+        !(found = get_block(&memory->free_blocks, &memory->free_count, &memory->free_room, size, alignment, start)) &&
+        memory->quarantine_count)
         release_oldest(memory);
     pthread_mutex_unlock(&memory->lock);
     return found;
@@ -272,7 +275,8 @@ void sim_import_space_free(void *address, size_t size)
 {
     mmap(address, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     pthread_mutex_lock(&lock);
-    put_block(&import_blocks, &import_count, &import_room, (struct block){(uintptr_t)address - atomic_load(&range_begin), size});
+    put_block(&import_blocks, &import_count, &import_room,
+              (struct block){(uintptr_t)address - atomic_load(&range_begin), size});
     pthread_mutex_unlock(&lock);
 }
 

@@ -47,13 +47,15 @@ struct sim_device *sim_device(int id)
 
 static int invalid(const char *function, int id)
 {
-    return sim_fail(ACL_INVALID_DEVICEID, "%s: deviceId %d: there are %d visible devices", function, id, sim_device_count());
+    return sim_fail(ACL_INVALID_DEVICEID, "%s: deviceId %d: there are %d visible devices", function, id,
+                    sim_device_count());
 }
 
 /* Memory and, for aclrtSetDevice, the default context. Under the device's lock. */
 static int open_device(struct device_state *state)
 {
-    struct timespec start_up = {.tv_nsec = sim_knob(SIM_SETDEVICE_MS) % 1000 * 1000000, .tv_sec = sim_knob(SIM_SETDEVICE_MS) / 1000};
+    struct timespec start_up = {.tv_nsec = sim_knob(SIM_SETDEVICE_MS) % 1000 * 1000000,
+                                .tv_sec = sim_knob(SIM_SETDEVICE_MS) / 1000};
     nanosleep(&start_up, NULL);
     int code = sim_memory_open(&state->device);
     if (code)
@@ -90,19 +92,23 @@ static bool find_leaks(const struct device_state *state, char *text, size_t room
 {
     const struct sim_device *device = &state->device;
     size_t streams = sim_streams_alive(device), events = sim_events_alive(device), memory = sim_ranges_alive(device);
-    size_t exports = sim_exports_alive(device), contexts = sim_contexts_alive(device), hccl = sim_hccl_alive(device->id);
-    snprintf(text, room, "%zu allocations or imports, %zu exports, %zu streams, %zu events, %zu explicit contexts, %zu of HCCL's",
+    size_t exports = sim_exports_alive(device), contexts = sim_contexts_alive(device),
+           hccl = sim_hccl_alive(device->id);
+    snprintf(text, room,
+             "%zu allocations or imports, %zu exports, %zu streams, %zu events, %zu explicit contexts, %zu of HCCL's",
              memory, exports, streams, events, contexts, hccl);
     return streams || events || memory || exports || contexts || hccl;
 }
 
-/* The last reference went: whatever is left goes as well, as on hardware, after it was told. Under the device's lock. */
+/* The last reference went: whatever is left goes as well, as on hardware, after it was told. Under the device's
+   lock. */
 static int close_device(const char *function, struct device_state *state)
 {
     char left[256];
     int code = 0;
     if (find_leaks(state, left, sizeof left))
-        code = sim_misuse("leak", ACL_PARAM_INVALID, "%s: device %d is given back with %s", function, state->device.id, left);
+        code = sim_misuse("leak", ACL_PARAM_INVALID, "%s: device %d is given back with %s", function, state->device.id,
+                          left);
     sim_contexts_end(&state->device);
     sim_events_end(&state->device);
     sim_ipc_clear(&state->device);
@@ -253,7 +259,8 @@ SIM_API aclError aclrtGetDeviceInfo(uint32_t id, int attribute, int64_t *value)
             *value = attribute == 403 ? server << 22 | physical << 16 | physical : attribute == 404 ? server : 0;
             return 0;
         }
-        return sim_fail(ACL_FEATURE_NOT_SUPPORT, "aclrtGetDeviceInfo: attribute %d only exists in a super pod", attribute);
+        return sim_fail(ACL_FEATURE_NOT_SUPPORT, "aclrtGetDeviceInfo: attribute %d only exists in a super pod",
+                        attribute);
     default:
         return sim_fail(ACL_FEATURE_NOT_SUPPORT, "aclrtGetDeviceInfo: attribute %d is not simulated", attribute);
     }
@@ -333,9 +340,11 @@ SIM_API aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags)
     if (!sim_device(peer))
         return invalid(__func__, peer);
     if (flags || own->id == peer)
-        return sim_fail(ACL_PARAM_INVALID, "aclrtDeviceEnablePeerAccess: peerDeviceId %d, flags %u on device %d", peer, flags, own->id);
+        return sim_fail(ACL_PARAM_INVALID, "aclrtDeviceEnablePeerAccess: peerDeviceId %d, flags %u on device %d", peer,
+                        flags, own->id);
     if (!sim_devices_linked(own->physical, sim_device(peer)->physical))
-        return sim_fail(ACL_LINK_TYPE_NOT_SUPPORTED, "aclrtDeviceEnablePeerAccess: no link between %d and %d", own->id, peer);
+        return sim_fail(ACL_LINK_TYPE_NOT_SUPPORTED, "aclrtDeviceEnablePeerAccess: no link between %d and %d", own->id,
+                        peer);
     atomic_store(&enabled[own->id][peer], true);
     return 0;
 }

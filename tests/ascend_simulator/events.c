@@ -1,5 +1,5 @@
-/* Events. The "Ex" kind takes a new generation with each record, and a wait binds to the generation of its moment. The old kind
-   is one flag, set by a record and cleared by a reset, and there are only so many of them. */
+/* Events. The "Ex" kind takes a new generation with each record, and a wait binds to the generation of its moment. The
+   old kind is one flag, set by a record and cleared by a reset, and there are only so many of them. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -105,7 +105,8 @@ static int create(const char *function, aclrtEvent *handle, uint32_t flags, bool
         return sim_fail(ACL_FEATURE_NOT_SUPPORT, "%s: events between processes are not simulated", function);
     struct sim_device *device = sim_context_device(context);
     if (is_old && count_events(device, true) >= (size_t)sim_knob(SIM_EVENTS))
-        return sim_fail(ACL_NO_EVENT_RESOURCE, "%s: the device's %ld events are used up", function, sim_knob(SIM_EVENTS));
+        return sim_fail(ACL_NO_EVENT_RESOURCE, "%s: the device's %ld events are used up", function,
+                        sim_knob(SIM_EVENTS));
     struct sim_event *event = calloc(1, sizeof *event);
     if (!event || !sim_handle_make(&event->object, SIM_EVENT_HANDLE, release)) {
         free(event);
@@ -150,8 +151,8 @@ static int get(const char *function, aclrtEvent handle, struct sim_event **event
     if (*event)
         return 0;
     bool closed = sim_handle_closed(handle, SIM_EVENT_HANDLE);
-    return sim_refuse(closed ? "use_after_free" : "wrong_device", ACL_PARAM_INVALID, "%s: %p is no event%s", function, handle,
-                      closed ? " any more: it was destroyed" : " of this process");
+    return sim_refuse(closed ? "use_after_free" : "wrong_device", ACL_PARAM_INVALID, "%s: %p is no event%s", function,
+                      handle, closed ? " any more: it was destroyed" : " of this process");
 }
 
 static void put(struct sim_event *event)
@@ -170,7 +171,8 @@ SIM_API aclError aclrtDestroyEvent(aclrtEvent handle)
     if (sim_handle_close(handle))
         unlink_event(event);
     else
-        code = sim_refuse("double_free", ACL_PARAM_INVALID, "aclrtDestroyEvent: %p was destroyed by another thread", handle);
+        code = sim_refuse("double_free", ACL_PARAM_INVALID, "aclrtDestroyEvent: %p was destroyed by another thread",
+                          handle);
     put(event);
     return code;
 }
@@ -257,8 +259,8 @@ static int run_wait(struct sim_task *task)
 }
 
 /* Takes the held event over. */
-static int enqueue(const char *function, struct sim_stream *stream, struct sim_event *event, int (*run)(struct sim_task *),
-                   uint64_t generation, uint64_t limit)
+static int enqueue(const char *function, struct sim_stream *stream, struct sim_event *event,
+                   int (*run)(struct sim_task *), uint64_t generation, uint64_t limit)
 {
     struct event_task *own = calloc(1, sizeof *own);
     if (!own) {
@@ -275,8 +277,8 @@ static int enqueue(const char *function, struct sim_stream *stream, struct sim_e
 }
 
 /* Both handles, held, of one device. */
-static int get_both(const char *function, unsigned needs, aclrtEvent handle, aclrtStream stream_handle, struct sim_event **event,
-                    struct sim_stream **stream)
+static int get_both(const char *function, unsigned needs, aclrtEvent handle, aclrtStream stream_handle,
+                    struct sim_event **event, struct sim_stream **stream)
 {
     struct sim_context *context;
     int code = sim_enter(function, SIM_NEEDS_CONTEXT | needs, &context);
@@ -286,8 +288,8 @@ static int get_both(const char *function, unsigned needs, aclrtEvent handle, acl
         return code;
     code = sim_stream_get(function, stream_handle, context, stream);
     if (!code && sim_stream_device(*stream) != (*event)->device) {
-        code = sim_refuse("wrong_device", ACL_STREAM_CONTEXT, "%s: the event is of device %d, the stream of device %d", function,
-                          (*event)->device->id, sim_stream_device(*stream)->id);
+        code = sim_refuse("wrong_device", ACL_STREAM_CONTEXT, "%s: the event is of device %d, the stream of device %d",
+                          function, (*event)->device->id, sim_stream_device(*stream)->id);
         sim_stream_put(*stream);
     }
     if (code)
@@ -354,7 +356,8 @@ static int bind_wait(const char *function, struct sim_event *event, uint64_t *ge
     pthread_mutex_unlock(&event->lock);
     if (*generation)
         return 0;
-    return sim_misuse("event_unrecorded", ACL_PARAM_INVALID, "%s: the event was never recorded, so that nothing is waited for", function);
+    return sim_misuse("event_unrecorded", ACL_PARAM_INVALID,
+                      "%s: the event was never recorded, so that nothing is waited for", function);
 }
 
 static int stream_wait(const char *function, aclrtStream stream_handle, aclrtEvent handle, uint64_t seconds)

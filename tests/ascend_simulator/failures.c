@@ -80,7 +80,8 @@ int sim_fail(int code, const char *format, ...)
 static void report(const char *name)
 {
     char line[1200];
-    int length = snprintf(line, sizeof line, "ascend simulator: misuse %s in process %d: %s\n", name, (int)getpid(), text);
+    int length =
+        snprintf(line, sizeof line, "ascend simulator: misuse %s in process %d: %s\n", name, (int)getpid(), text);
     if (length > (int)sizeof line)
         length = sizeof line;
     ssize_t ignored = write(STDERR_FILENO, line, (size_t)length);

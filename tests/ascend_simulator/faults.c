@@ -29,8 +29,9 @@ static const struct {
     const char *name;
     unsigned allowed;
 } points[] = {
-    {"exec.copy", ANYWHERE | BYTES},        {"exec.send", ANYWHERE | BYTES | LINK}, {"exec.recv", ANYWHERE | BYTES | LINK},
-    {"exec.put", ANYWHERE | BYTES | LINK},  {"exec.get", ANYWHERE | BYTES | LINK},  {"exec.event", ANYWHERE | BIT(DROP)},
+    {"exec.copy", ANYWHERE | BYTES},        {"exec.send", ANYWHERE | BYTES | LINK},
+    {"exec.recv", ANYWHERE | BYTES | LINK}, {"exec.put", ANYWHERE | BYTES | LINK},
+    {"exec.get", ANYWHERE | BYTES | LINK},  {"exec.event", ANYWHERE | BIT(DROP)},
     {"link.meet", ANYWHERE | LINK},         {"link.peer", ANYWHERE | LINK},
 };
 
@@ -80,7 +81,8 @@ static const char *parse_when(struct entry *entry, const char *text)
             entry->from = entry->to = strtol(text, &end, 10);
         else
             entry->device = (int)strtol(text, &end, 10);
-        if (end == text || entry->from < 1 || entry->device < -1 || !(entry->probability > 0 && entry->probability <= 1))
+        if (end == text || entry->from < 1 || entry->device < -1 ||
+            !(entry->probability > 0 && entry->probability <= 1))
             return NULL;
         if (sign == '#' && *end == '+') {
             entry->to = __LONG_MAX__;
@@ -204,7 +206,8 @@ static struct sim_fault hang_in_call(bool (*ended)(void *about), void *about)
     return (struct sim_fault){SIM_CODE, ACL_INTERNAL_ERROR};
 }
 
-struct sim_fault sim_fault(const char *where, int device, struct sim_task *task, bool (*ended)(void *about), void *about)
+struct sim_fault sim_fault(const char *where, int device, struct sim_task *task, bool (*ended)(void *about),
+                           void *about)
 {
     struct entry entry = {.what = CODE};
     if (!strikes(where, device, &entry))

@@ -1,5 +1,5 @@
-/* Handles are numbers that stand for objects: no address at all, never used twice, different in each process. Whatever a program
-   passes can be looked up, and be told from what was closed. */
+/* Handles are numbers that stand for objects: no address at all, never used twice, different in each process. Whatever
+   a program passes can be looked up, and be told from what was closed. */
 #include "internal.h"
 
 #include <stdlib.h>

@@ -16,8 +16,10 @@ static void tell(int number, siginfo_t *info, void *unused)
     if (sim_is_device_address(info->si_addr)) {
         char what[160], line[320];
         sim_range_describe_unlocked((uintptr_t)info->si_addr, what, sizeof what);
-        int length = snprintf(line, sizeof line, "ascend simulator: misuse host_deref in process %d: the host touches %p, device memory of %s\n",
-                              (int)getpid(), info->si_addr, what);
+        int length =
+            snprintf(line, sizeof line,
+                     "ascend simulator: misuse host_deref in process %d: the host touches %p, device memory of %s\n",
+                     (int)getpid(), info->si_addr, what);
         ssize_t ignored = write(STDERR_FILENO, line, (size_t)length);
         (void)ignored;
     }

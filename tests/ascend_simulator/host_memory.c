@@ -7,7 +7,8 @@
 #define MAPPED 0x2u
 #define PINNED 0x10000000u
 
-/* One byte in front of a 128-byte boundary would do; this way an address is an odd multiple of 64, as promised and no better. */
+/* One byte in front of a 128-byte boundary would do; this way an address is an odd multiple of 64, as promised and no
+   better. */
 #define SHIFT 64
 
 static void free_made(struct sim_range *range)
@@ -105,7 +106,8 @@ static int register_memory(const char *function, void *address, uint64_t size)
     if (last)
         sim_range_put(last);
     if (known)
-        return sim_fail(ACL_HOST_MEMORY_REGISTERED, "%s: %p, %lu bytes: known to ACL already", function, address, (unsigned long)size);
+        return sim_fail(ACL_HOST_MEMORY_REGISTERED, "%s: %p, %lu bytes: known to ACL already", function, address,
+                        (unsigned long)size);
     return add(address, size, free_registered);
 }
 

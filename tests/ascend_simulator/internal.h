@@ -43,7 +43,8 @@ bool sim_peer_enabled(const struct sim_device *from, const struct sim_device *to
 int sim_device_prepare(struct sim_device *device); /* its memory, without aclrtSetDevice; 0 or a code */
 
 /* contexts.c */
-struct sim_context *sim_context_make(struct sim_device *device, bool is_default); /* with a default stream; NULL: no memory */
+/* with a default stream; NULL: no memory */
+struct sim_context *sim_context_make(struct sim_device *device, bool is_default);
 size_t sim_contexts_alive(const struct sim_device *device); /* explicit ones */
 void sim_contexts_end(const struct sim_device *device); /* all, with their streams */
 bool sim_context_alive(struct sim_context *context);
@@ -54,8 +55,8 @@ int sim_memory_open(struct sim_device *device); /* at the first aclrtSetDevice; 
 void sim_memory_close(void);                    /* at aclFinalize: everything */
 void sim_memory_clear(struct sim_device *device); /* at the last reset: frees what was left */
 bool sim_is_device_address(const void *address);
-/* Address space for `size` bytes at a multiple of `alignment`, without rights, in the range where device addresses lie; NULL: none
-   left. To be given back with sim_import_space_free. */
+/* Address space for `size` bytes at a multiple of `alignment`, without rights, in the range where device addresses lie;
+   NULL: none left. To be given back with sim_import_space_free. */
 void *sim_import_space(size_t size, size_t alignment);
 void sim_import_space_free(void *address, size_t size);
 /* Address space of the device: `size` bytes from a multiple of `alignment` (of 4 KiB); false if there is none left. */
@@ -63,7 +64,7 @@ bool sim_block_take(struct sim_device *device, size_t size, size_t alignment, si
 /* Into quarantine; what leaves it is given back to the system and can be taken again. */
 void sim_block_release(struct sim_device *device, size_t start, size_t size);
 unsigned char *sim_device_bytes(struct sim_device *device); /* the simulator's mapping of offset 0 */
-uintptr_t sim_device_base(struct sim_device *device);       /* the program's address of offset 0 */
+uintptr_t sim_device_base(struct sim_device *device); /* the program's address of offset 0 */
 
 /* ranges.c */
 enum sim_range_state { SIM_LIVE, SIM_FREED };
@@ -106,7 +107,8 @@ void sim_range_describe_unlocked(uintptr_t address, char *text, size_t room);
 bool sim_range_was(const void *address, char *text, size_t room, bool *at_begin);
 
 /* streams.c */
-int sim_stream_make(struct sim_context *context, uint32_t flags, bool is_default, struct sim_stream **stream); /* held once */
+/* held once */
+int sim_stream_make(struct sim_context *context, uint32_t flags, bool is_default, struct sim_stream **stream);
 void *sim_stream_handle(struct sim_stream *stream);
 size_t sim_streams_alive(const struct sim_device *device); /* without default streams */
 size_t sim_context_streams_alive(const struct sim_context *context);

@@ -1,7 +1,7 @@
 /* Device memory between processes of one server.
 
-   The first letters of a key name a socket of the owner. An importer asks there, gets the file behind the memory, and keeps the
-   connection for as long as it has the import: so each side sees at once when the other one closes or dies. */
+   The first letters of a key name a socket of the owner. An importer asks there, gets the file behind the memory, and
+   keeps the connection for as long as it has the import: so each side sees at once when the other closes or dies. */
 #include "internal.h"
 
 #include <errno.h>
@@ -29,7 +29,8 @@ struct answer {
     uint64_t offset, size, page;
 };
 
-struct export {
+struct export
+{
     char key[KEY_ROOM];
     struct sim_view view; /* holds the allocation */
     bool for_all;
@@ -198,11 +199,13 @@ static int check_export(const char *function, const struct sim_view *view, struc
     char text[160];
     sim_range_words(view->range, text, sizeof text);
     if (view->device != own)
-        return sim_refuse("wrong_device", ACL_PARAM_INVALID, "%s: %s, but the current device is %d", function, text, own->id);
+        return sim_refuse("wrong_device", ACL_PARAM_INVALID, "%s: %s, but the current device is %d", function, text,
+                          own->id);
     size_t page = view->range->page;
     if ((uintptr_t)view->address % page || view->size % page)
-        return sim_refuse("unaligned", ACL_PARAM_INVALID, "%s: %zu bytes at %p of %s: both must be multiples of its page, %zu",
-                          function, view->size, view->address, text, page);
+        return sim_refuse("unaligned", ACL_PARAM_INVALID,
+                          "%s: %zu bytes at %p of %s: both must be multiples of its page, %zu", function, view->size,
+                          view->address, text, page);
     return 0;
 }
 
@@ -241,7 +244,8 @@ SIM_API aclError aclrtIpcMemGetExportKey(void *address, size_t size, char *key, 
     if (!address || !size || !key)
         return sim_fail(ACL_INVALID_PARAM, "aclrtIpcMemGetExportKey: null or size 0");
     if (length != KEY_ROOM || flags > 1)
-        return sim_fail(ACL_PARAM_INVALID, "aclrtIpcMemGetExportKey: len %zu (must be 65), flags %lu", length, (unsigned long)flags);
+        return sim_fail(ACL_PARAM_INVALID, "aclrtIpcMemGetExportKey: len %zu (must be 65), flags %lu", length,
+                        (unsigned long)flags);
     code = sim_view_open(__func__, address, size, &view);
     if (code)
         return code;
@@ -330,8 +334,8 @@ static void free_import(struct sim_range *range)
     free(range);
 }
 
-static int ask_owner(const char *function, const char *key, const struct request *request, struct answer *answer, int *connection,
-                     int *file)
+static int ask_owner(const char *function, const char *key, const struct request *request, struct answer *answer,
+                     int *connection, int *file)
 {
     struct sockaddr_un name;
     socklen_t length = sim_socket_name(&name, "ipc/%.*s", OWNER_LETTERS, key);
@@ -361,11 +365,13 @@ static int refusal(const char *function, const struct answer *answer, struct sim
     case ACL_NO_PERMISSION:
         return sim_fail(answer->code, "%s: this process is not on the owner's white list", function);
     case ACL_LINK_TYPE_NOT_SUPPORTED:
-        return sim_fail(answer->code, "%s: no link between devices %d and %d of the server", function, own->physical, answer->physical);
+        return sim_fail(answer->code, "%s: no link between devices %d and %d of the server", function, own->physical,
+                        answer->physical);
     case ACL_INVALID_DEVICEID:
-        return sim_refuse("wrong_device", ACL_PARAM_INVALID,
-                          "%s: memory of device %d of the server for device %d: neither flag 1 nor aclrtDeviceEnablePeerAccess",
-                          function, answer->physical, own->physical);
+        return sim_refuse(
+            "wrong_device", ACL_PARAM_INVALID,
+            "%s: memory of device %d of the server for device %d: neither flag 1 nor aclrtDeviceEnablePeerAccess",
+            function, answer->physical, own->physical);
     case ACL_IPC_ERROR:
         return sim_fail(answer->code, "%s: the owner has %d imports and no room for more", function, MOST_CONNECTIONS);
     default:
@@ -378,7 +384,8 @@ static struct sim_range *map_import(const struct answer *answer, int file, int c
 {
     struct sim_range *range = calloc(1, sizeof *range);
     void *address = sim_import_space(answer->size, answer->page);
-    void *bytes = mmap(NULL, answer->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, (off_t)answer->offset);
+    void *bytes =
+        mmap(NULL, answer->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, (off_t)answer->offset);
     if (!range || !address || bytes == MAP_FAILED) {
         free(range);
         if (address)
@@ -390,9 +397,16 @@ static struct sim_range *map_import(const struct answer *answer, int file, int c
     if (sim_knob(SIM_HOST_VISIBLE))
         mmap(address, answer->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, (off_t)answer->offset);
     madvise(bytes, answer->size, MADV_DONTDUMP);
-    *range = (struct sim_range){.where = SIM_IMPORTED, .device = own, .physical = answer->physical, .address = (uintptr_t)address,
-                                .size = answer->size, .block_size = answer->size, .bytes = bytes, .page = answer->page,
-                                .connection = connection, .free = free_import};
+    *range = (struct sim_range){.where = SIM_IMPORTED,
+                                .device = own,
+                                .physical = answer->physical,
+                                .address = (uintptr_t)address,
+                                .size = answer->size,
+                                .block_size = answer->size,
+                                .bytes = bytes,
+                                .page = answer->page,
+                                .connection = connection,
+                                .free = free_import};
     return range;
 }
 
@@ -448,8 +462,9 @@ static int import_memory(const char *function, const char *key, bool may_cross, 
         return code;
     }
     close(connection);
-    return answer.code ? refusal(function, &answer, own) : sim_fail(ACL_IPC_ERROR, "%s: %lu bytes cannot be mapped", function,
-                                                                    (unsigned long)answer.size);
+    return answer.code
+               ? refusal(function, &answer, own)
+               : sim_fail(ACL_IPC_ERROR, "%s: %lu bytes cannot be mapped", function, (unsigned long)answer.size);
 }
 
 SIM_API aclError aclrtIpcMemImportByKey(void **address, const char *key, uint64_t flags)
@@ -512,10 +527,11 @@ static int close_export(const char *function, const char *key)
     size_t users = export ? importers(export) : 0;
     int code = 0;
     if (!export)
-        code = sim_refuse("double_free", ACL_PARAM_INVALID, "%s: the key is neither imported nor exported here", function);
+        code =
+            sim_refuse("double_free", ACL_PARAM_INVALID, "%s: the key is neither imported nor exported here", function);
     else if (users)
-        code = sim_misuse("ipc_close_order", ACL_PARAM_INVALID, "%s: the export is closed while %zu imports of it are open", function,
-                          users);
+        code = sim_misuse("ipc_close_order", ACL_PARAM_INVALID,
+                          "%s: the export is closed while %zu imports of it are open", function, users);
     if (!code)
         remove_export(export);
     pthread_mutex_unlock(&lock);

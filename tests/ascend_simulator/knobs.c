@@ -43,10 +43,8 @@ static struct number_knob numbers[SIM_NUMBER_KNOBS] = {
 };
 
 static struct text_knob texts[SIM_TEXT_KNOBS] = {
-    [SIM_WORLD] = {"WORLD", "", true, ""},
-    [SIM_SOC] = {"SOC", "Ascend910B3", true, ""},
-    [SIM_HCCS] = {"HCCS", "all", false, ""},
-    [SIM_LINK] = {"LINK", "hccs", false, ""},
+    [SIM_WORLD] = {"WORLD", "", true, ""},         [SIM_SOC] = {"SOC", "Ascend910B3", true, ""},
+    [SIM_HCCS] = {"HCCS", "all", false, ""},       [SIM_LINK] = {"LINK", "hccs", false, ""},
     [SIM_HCCN_CONF] = {"HCCN_CONF", "", true, ""},
 };
 
@@ -87,8 +85,8 @@ static int set_number(struct number_knob *knob, const char *text)
     long value = strtol(text, &end, 10);
     if (errno || end == text || *end || value < knob->least || value > knob->most ||
         (knob == &numbers[SIM_HUGE_OFFSET] && value % 64)) /* addresses are multiples of 64 in any case */
-        return sim_fail(ACL_INVALID_FILE, PREFIX "%s='%s': not a number between %ld and %ld", knob->name, text, knob->least,
-                        knob->most);
+        return sim_fail(ACL_INVALID_FILE, PREFIX "%s='%s': not a number between %ld and %ld", knob->name, text,
+                        knob->least, knob->most);
     atomic_store(&knob->value, value);
     return 0;
 }
@@ -113,7 +111,8 @@ static bool are_pairs(const char *text)
 /* The world becomes a part of socket names, whose length is limited. */
 static bool is_world(const char *text)
 {
-    return strlen(text) <= 32 && strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == strlen(text);
+    return strlen(text) <= 32 &&
+           strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == strlen(text);
 }
 
 static int set_text(enum sim_text_knob which, const char *text)
@@ -167,7 +166,8 @@ static int set(const char *name, const char *text, bool later)
     if (!strcmp(name, "FAULTS"))
         return sim_faults_parse(text);
     if (!strcmp(name, "MISUSE"))
-        return sim_misuse_mode(text) ? sim_fail(ACL_INVALID_FILE, PREFIX "MISUSE='%s': not abort, error or log", text) : 0;
+        return sim_misuse_mode(text) ? sim_fail(ACL_INVALID_FILE, PREFIX "MISUSE='%s': not abort, error or log", text)
+                                     : 0;
     return sim_fail(ACL_INVALID_FILE, PREFIX "%s: no such knob", name);
 }
 
@@ -190,7 +190,8 @@ int sim_knobs_load(void)
             continue;
         const char *equals = strchr(*variable, '=');
         char name[64];
-        snprintf(name, sizeof name, "%.*s", (int)(equals - *variable - (long)strlen(PREFIX)), *variable + strlen(PREFIX));
+        snprintf(name, sizeof name, "%.*s", (int)(equals - *variable - (long)strlen(PREFIX)),
+                 *variable + strlen(PREFIX));
         code = set(name, equals + 1, false);
     }
     return code;
@@ -199,7 +200,8 @@ int sim_knobs_load(void)
 SIM_API int llmdd_sim_set(const char *knob, const char *value)
 {
     if (!sim_running())
-        return sim_fail(ACL_UNINITIALIZE, "llmdd_sim_set: aclInit was not called, which reads all knobs from the environment");
+        return sim_fail(ACL_UNINITIALIZE,
+                        "llmdd_sim_set: aclInit was not called, which reads all knobs from the environment");
     if (!knob || !value)
         return sim_fail(ACL_INVALID_PARAM, "llmdd_sim_set: null");
     return set(strncmp(knob, PREFIX, strlen(PREFIX)) ? knob : knob + strlen(PREFIX), value, true);

@@ -48,8 +48,8 @@ bool sim_forked(void)
 
 static int refuse_fork(const char *function)
 {
-    return sim_refuse("fork_use", ACL_PARAM_INVALID, "%s: the process was forked after aclInit; only a fresh process can use ACL",
-                      function);
+    return sim_refuse("fork_use", ACL_PARAM_INVALID,
+                      "%s: the process was forked after aclInit; only a fresh process can use ACL", function);
 }
 
 /* "err_msg_mode" of the configuration: "0" or "1", a text or a number. */
@@ -105,7 +105,8 @@ SIM_API aclError aclInit(const char *path)
     int code;
     if (sim_running()) {
         references++;
-        code = sim_fail(ACL_REPEAT_INITIALIZE, "aclInit: called before; there are %lu references now", (unsigned long)references);
+        code = sim_fail(ACL_REPEAT_INITIALIZE, "aclInit: called before; there are %lu references now",
+                        (unsigned long)references);
     } else {
         code = start(path);
     }
@@ -192,7 +193,8 @@ int sim_blocks(const char *function)
 {
     if (!holds_interpreter())
         return 0;
-    return sim_misuse("gil_held", ACL_PARAM_INVALID, "%s: may wait, and the thread holds the interpreter lock", function);
+    return sim_misuse("gil_held", ACL_PARAM_INVALID, "%s: may wait, and the thread holds the interpreter lock",
+                      function);
 }
 
 static void count_call(const char *function)
@@ -227,7 +229,8 @@ int sim_enter(const char *function, unsigned needs, struct sim_context **context
         *context = current;
     if (needs & SIM_NEEDS_CONTEXT && !current)
         return sim_refuse("no_context", hccl ? unready : ACL_CONTEXT_NULL,
-                          "%s: this thread has no context: aclrtSetDevice was not called on it, or was taken back", function);
+                          "%s: this thread has no context: aclrtSetDevice was not called on it, or was taken back",
+                          function);
     if (needs & SIM_BLOCKS && sim_blocks(function))
         return misused;
     if (needs & SIM_FAULT_LATER)

@@ -37,7 +37,9 @@ static size_t position(uintptr_t address)
 
 static const char *counter_of(const struct sim_range *range)
 {
-    return range->where == SIM_DEVICE ? "live.allocations" : range->where == SIM_IMPORTED ? "live.imports" : "live.host";
+    return range->where == SIM_DEVICE     ? "live.allocations"
+           : range->where == SIM_IMPORTED ? "live.imports"
+                                          : "live.host";
 }
 
 int sim_range_add(struct sim_range *range)
@@ -141,17 +143,20 @@ void sim_range_put(struct sim_range *range)
         range->free(range);
 }
 
-static void words(char *text, size_t length, uint64_t number, uintptr_t address, size_t size, int device, enum sim_where where)
+static void words(char *text, size_t length, uint64_t number, uintptr_t address, size_t size, int device,
+                  enum sim_where where)
 {
     static const char *const kinds[] = {"memory", "pinned host memory", "allocation", "import"};
-    int written = snprintf(text, length, "%s %lu (%zu bytes at %#lx", kinds[where], (unsigned long)number, size, (unsigned long)address);
+    int written = snprintf(text, length, "%s %lu (%zu bytes at %#lx", kinds[where], (unsigned long)number, size,
+                           (unsigned long)address);
     if (written > 0 && (size_t)written < length)
         snprintf(text + written, length - (size_t)written, device < 0 ? ")" : ", device %d)", device);
 }
 
 const char *sim_range_words(const struct sim_range *range, char *text, size_t length)
 {
-    words(text, length, range->number, range->address, range->size, range->device ? range->device->id : -1, range->where);
+    words(text, length, range->number, range->address, range->size, range->device ? range->device->id : -1,
+          range->where);
     return text;
 }
 
@@ -187,13 +192,18 @@ static int not_alive(const char *what, const void *address, size_t size)
     char text[160];
     bool at_begin;
     if (sim_range_was(address, text, sizeof text, &at_begin))
-        return sim_refuse("use_after_free", ACL_PARAM_INVALID, "%s %p lies in %s, which was freed", what, address, text);
-    return sim_refuse("out_of_bounds", ACL_PARAM_INVALID, "%s %p, %zu bytes: device address in no allocation", what, address, size);
+        return sim_refuse("use_after_free", ACL_PARAM_INVALID, "%s %p lies in %s, which was freed", what, address,
+                          text);
+    return sim_refuse("out_of_bounds", ACL_PARAM_INVALID, "%s %p, %zu bytes: device address in no allocation", what,
+                      address, size);
 }
 
 int sim_view_open(const char *what, const void *address, size_t size, struct sim_view *view)
 {
-    *view = (struct sim_view){.where = SIM_PAGEABLE, .address = address, .bytes = (unsigned char *)(uintptr_t)address, .size = size};
+    *view = (struct sim_view){.where = SIM_PAGEABLE,
+                              .address = address,
+                              .bytes = (unsigned char *)(uintptr_t)address,
+                              .size = size};
     struct sim_range *range = sim_range_find(address);
     if (!range)
         return sim_is_device_address(address) ? not_alive(what, address, size) : 0;
@@ -201,8 +211,8 @@ int sim_view_open(const char *what, const void *address, size_t size, struct sim
     size_t begin = (uintptr_t)address - range->address;
     int code = 0;
     if (size > range->size - begin)
-        code = sim_refuse("out_of_bounds", ACL_PARAM_INVALID, "%s %p: %zu bytes from byte %zu on leave %s", what, address, size, begin,
-                          sim_range_words(range, text, sizeof text));
+        code = sim_refuse("out_of_bounds", ACL_PARAM_INVALID, "%s %p: %zu bytes from byte %zu on leave %s", what,
+                          address, size, begin, sim_range_words(range, text, sizeof text));
     if (code) {
         sim_range_put(range);
         return code;

@@ -60,7 +60,8 @@ void sim_nonce(char *letters, size_t count); /* differs between processes with t
 
 /* ---- counters.c ---- */
 
-void sim_count(const char *name, int64_t more); /* "calls.<function>", "fault.<where>", "misuse.<name>", "live.<objects>" */
+/* "calls.<function>", "fault.<where>", "misuse.<name>", "live.<objects>" */
+void sim_count(const char *name, int64_t more);
 
 /* ---- clock.c ---- */
 
@@ -75,8 +76,9 @@ int sim_thread_start(pthread_t *thread, const char *name, void *(*body)(void *),
 
 /* Stores the text that aclGetRecentErrMsg of this thread gives and returns `code`. */
 int sim_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* As LLMDD_SIM_MISUSE says: ends the process, or gives `code` with the text set ("error"), or gives 0 so that the caller goes
-   on as hardware might ("log"). The message names the function: begin the text with it. Counts misuse.<name>. */
+/* As LLMDD_SIM_MISUSE says: ends the process, or gives `code` with the text set ("error"), or gives 0 so that the
+   caller goes on as hardware might ("log"). The message names the function: begin the text with it. Counts
+   misuse.<name>. */
 int sim_misuse(const char *name, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* The same where nothing sensible could go on: gives `code` under "log" too. */
 int sim_refuse(const char *name, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -93,10 +95,11 @@ struct sim_fault {
 struct sim_task;
 struct sim_stream;
 
-/* Looks the place up and carries out delay, hang, kill and stop itself. `device` is a user id, -1 for none. In a task (else NULL) a
-   delay or hang ends with the task's abort, which gives SIM_CODE 107023; outside a task a hang ends when `ended` (may be NULL)
-   returns true for `about`, or with aclFinalize: SIM_CODE 507000. */
-struct sim_fault sim_fault(const char *where, int device, struct sim_task *task, bool (*ended)(void *about), void *about);
+/* Looks the place up and carries out delay, hang, kill and stop itself. `device` is a user id, -1 for none. In a task
+   (else NULL) a delay or hang ends with the task's abort, which gives SIM_CODE 107023; outside a task a hang ends when
+   `ended` (may be NULL) returns true for `about`, or with aclFinalize: SIM_CODE 507000. */
+struct sim_fault sim_fault(const char *where, int device, struct sim_task *task, bool (*ended)(void *about),
+                           void *about);
 int sim_faults_parse(const char *text); /* 0 or 100003; replaces the list */
 
 /* ---- process.c: aclInit ... aclFinalize, and what each call begins with ---- */
@@ -106,24 +109,27 @@ struct sim_context;
 enum {
     SIM_NEEDS_CONTEXT = 1, /* else no_context, 107002 (HCCL: 15) */
     SIM_BLOCKS = 2,        /* may wait: gil_held if the thread holds Python's lock */
-    SIM_FAULT_LATER = 8, /* the caller looks for the fault that names the function: sim_fault with a way to end a hang */
+    /* the caller looks for the fault that names the function: sim_fault with a way to end a hang */
+    SIM_FAULT_LATER = 8,
     SIM_HCCL = 4,          /* failures come as HcclResult: 15 without a context or before aclInit, 1 for misuse */
 };
 
-/* Beginning of every exported function: not in a forked child, after aclInit, with a context if needed; counts the call and looks
-   for a fault that names the function. Non-zero is what the function has to return. `context` may be NULL. */
+/* Beginning of every exported function: not in a forked child, after aclInit, with a context if needed; counts the call
+   and looks for a fault that names the function. Non-zero is what the function has to return. `context` may be NULL. */
 int sim_enter(const char *function, unsigned needs, struct sim_context **context);
-bool sim_running(void);  /* between aclInit and the beginning of aclFinalize */
+bool sim_running(void); /* between aclInit and the beginning of aclFinalize */
 bool sim_forked(void);
-/* Called by aclFinalize before devices go: ends the threads and sockets of HCCL, reports leaks. Defined by the HCCL half. */
+/* Called by aclFinalize before devices go: ends the threads and sockets of HCCL, reports leaks. Defined by the HCCL
+   half. */
 void sim_hccl_finalize(void);
-/* Called by a device's last reset: how many communicators and registrations of it are alive. Defined by the HCCL half. */
+/* Called by a device's last reset: how many communicators and registrations of it are alive. Defined by the HCCL
+   half. */
 size_t sim_hccl_alive(int device);
 
 /* ---- devices.c, contexts.c ---- */
 
 struct sim_device {
-    int id;       /* user id: index in the visible list */
+    int id; /* user id: index in the visible list */
     int physical; /* index on the server */
 };
 
@@ -136,8 +142,8 @@ struct sim_device *sim_context_device(struct sim_context *context);
 /* Binds this thread to a context for the simulator's own threads that act for a call; NULL unbinds. */
 void sim_bind_thread(struct sim_context *context);
 bool sim_devices_linked(int physical, int other); /* HCCS between the two, by LLMDD_SIM_HCCS */
-/* The file behind the device's memory in this process and its size; the descriptor stays the device's. A peer maps a part of it by
-   sim_view.offset. -1 if the device has no memory here yet. */
+/* The file behind the device's memory in this process and its size; the descriptor stays the device's. A peer maps a
+   part of it by sim_view.offset. -1 if the device has no memory here yet. */
 int sim_device_file(struct sim_device *device);
 size_t sim_device_span(struct sim_device *device);
 
@@ -151,9 +157,11 @@ uint64_t sim_charged(struct sim_device *device); /* by all live processes */
 
 /* Abstract name made of user, world and the rest; gives its length for bind and connect. */
 socklen_t sim_socket_name(struct sockaddr_un *name, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* `count` descriptors (at most 4) and bytes in one message: 0 or errno. The receiver gets descriptors closed on exec. */
+/* `count` descriptors (at most 4) and bytes in one message: 0 or errno. The receiver gets descriptors closed on
+   exec. */
 int sim_send_files(int socket, const void *bytes, size_t size, const int *files, size_t count);
-int sim_receive_files(int socket, void *bytes, size_t size, int *files, size_t count); /* all of both, or EPROTO; ECONNRESET at the end */
+/* all of both, or EPROTO; ECONNRESET at the end */
+int sim_receive_files(int socket, void *bytes, size_t size, int *files, size_t count);
 
 /* ---- ranges.c: all memory the simulator knows, by address ---- */
 
@@ -163,16 +171,17 @@ struct sim_range;
 
 /* A part of memory, held: its mapping stays until sim_view_close, even if its owner frees it. */
 struct sim_view {
-    struct sim_range *range;   /* NULL for pageable host memory */
+    struct sim_range *range; /* NULL for pageable host memory */
     enum sim_where where;
     struct sim_device *device; /* SIM_DEVICE: where it lies; SIM_IMPORTED: the importer's device; else NULL */
-    const void *address;       /* as the program names it */
-    unsigned char *bytes;      /* as the simulator may touch it */
+    const void *address; /* as the program names it */
+    unsigned char *bytes; /* as the simulator may touch it */
     size_t size;
-    uint64_t offset;           /* in the device's file, for SIM_DEVICE */
+    uint64_t offset; /* in the device's file, for SIM_DEVICE */
 };
 
-/* Finds `address`; misuse out_of_bounds, use_after_free. `what` names the argument in messages ("aclrtMemcpy: dst"). 0 or 107000. */
+/* Finds `address`; misuse out_of_bounds, use_after_free. `what` names the argument in messages ("aclrtMemcpy: dst"). 0
+   or 107000. */
 int sim_view_open(const char *what, const void *address, size_t size, struct sim_view *view);
 void sim_view_close(struct sim_view *view); /* also of a cleared view */
 /* To be asked when a task runs and after each piece: 0; 507053 and misuse use_after_free if it was freed meanwhile;
@@ -188,12 +197,13 @@ struct sim_use { /* memory that a task touches, from its enqueue to its end */
 
 /* A unit of work. Put it first into a structure of your own, cleared to zero; set what is above the line. */
 struct sim_task {
-    const char *what;                           /* for messages: the function that made it */
-    int (*run)(struct sim_task *task);          /* on the stream's thread, no lock held; 0 or the code the stream keeps */
-    /* Exactly once, before anybody sees the task as finished: `code` is what run gave, or 107023 if it was dropped, before
-       or without run. Frees the task (uses and their views are released by then). */
+    const char *what; /* for messages: the function that made it */
+    /* on the stream's thread, no lock held; 0 or the code the stream keeps */
+    int (*run)(struct sim_task *task);
+    /* Exactly once, before anybody sees the task as finished: `code` is what run gave, or 107023 if it was dropped,
+       before or without run. Frees the task (uses and their views are released by then). */
     void (*end)(struct sim_task *task, int code);
-    struct sim_use *uses;                       /* with malloc; released by the stream */
+    struct sim_use *uses; /* with malloc; released by the stream */
     size_t use_count;
     /* ---- the stream's ---- */
     struct sim_stream *stream;
@@ -204,23 +214,26 @@ struct sim_task {
     bool woken;
 };
 
-/* The stream of a handle (NULL: the default stream of `context`), held until sim_stream_put. Misuse wrong_device and 107003 if it
-   is another context's, or destroyed, or none at all. */
+/* The stream of a handle (NULL: the default stream of `context`), held until sim_stream_put. Misuse wrong_device and
+   107003 if it is another context's, or destroyed, or none at all. */
 int sim_stream_get(const char *function, aclrtStream handle, struct sim_context *context, struct sim_stream **stream);
 void sim_stream_hold(struct sim_stream *stream);
 void sim_stream_put(struct sim_stream *stream);
 struct sim_device *sim_stream_device(struct sim_stream *stream);
 int sim_stream_id(struct sim_stream *stream);
-/* Takes the task over, also when it fails: then `end` has been called with the code that is returned (107023 after an abort). */
+/* Takes the task over, also when it fails: then `end` has been called with the code that is returned (107023 after an
+   abort). */
 int sim_enqueue(struct sim_stream *stream, struct sim_task *task);
 
 /* For `run`: */
 bool sim_task_aborted(struct sim_task *task);
-/* Until sim_task_wake, the abort or `deadline` (sim_now); gives sim_task_aborted. Look at your own condition in a loop. */
+/* Until sim_task_wake, the abort or `deadline` (sim_now); gives sim_task_aborted. Look at your own condition in a
+   loop. */
 bool sim_task_wait(struct sim_task *task, uint64_t deadline);
 /* From any thread, while the task cannot end (hold a lock of yours that its `end` takes). */
 void sim_task_wake(struct sim_task *task);
-/* A descriptor that becomes readable with the abort, for poll beside a socket; the stream's own. -1 if none can be had. */
+/* A descriptor that becomes readable with the abort, for poll beside a socket; the stream's own. -1 if none can be
+   had. */
 int sim_task_abort_descriptor(struct sim_task *task);
 
 /* Is a task of any stream still going to write here? Gives its `what`, or NULL. */
@@ -238,8 +251,8 @@ struct sim_copy {
     void *about;
 };
 
-/* Copies in pieces with a yield between them, ended by the abort of `task` (may be NULL) with 107023. Carries out SIM_DROP,
-   SIM_CORRUPT, SIM_HALF and SIM_CODE of `fault`; ignores other actions. */
+/* Copies in pieces with a yield between them, ended by the abort of `task` (may be NULL) with 107023. Carries out
+   SIM_DROP, SIM_CORRUPT, SIM_HALF and SIM_CODE of `fault`; ignores other actions. */
 int sim_copy_pieces(struct sim_task *task, const struct sim_copy *copy, struct sim_fault fault);
 
 /* ---- handles.c: opaque numbers that stand for objects; never used twice, never a pointer ---- */
@@ -251,12 +264,19 @@ struct sim_object { /* first in every object that has a handle */
     void (*free)(struct sim_object *object);
 };
 
-enum sim_kind { SIM_CONTEXT_HANDLE = 1, SIM_STREAM_HANDLE, SIM_EVENT_HANDLE, SIM_COMMUNICATOR_HANDLE, SIM_REGISTRATION_HANDLE };
+enum sim_kind {
+    SIM_CONTEXT_HANDLE = 1,
+    SIM_STREAM_HANDLE,
+    SIM_EVENT_HANDLE,
+    SIM_COMMUNICATOR_HANDLE,
+    SIM_REGISTRATION_HANDLE
+};
 
-void *sim_handle_make(struct sim_object *object, enum sim_kind kind, void (*free)(struct sim_object *)); /* held once; NULL: no memory */
+/* held once; NULL: no memory */
+void *sim_handle_make(struct sim_object *object, enum sim_kind kind, void (*free)(struct sim_object *));
 struct sim_object *sim_handle_get(void *handle, enum sim_kind kind); /* held once more, or NULL: never one, or closed */
-bool sim_handle_closed(void *handle, enum sim_kind kind);            /* was one */
-bool sim_handle_close(void *handle);                                 /* no longer found; false if another thread did */
+bool sim_handle_closed(void *handle, enum sim_kind kind); /* was one */
+bool sim_handle_close(void *handle); /* no longer found; false if another thread did */
 void sim_object_hold(struct sim_object *object);
 void sim_object_put(struct sim_object *object); /* `free` after the last holder */
 

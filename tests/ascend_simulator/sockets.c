@@ -88,7 +88,10 @@ int sim_receive_files(int socket, void *bytes, size_t size, int *files, size_t c
             char room[CMSG_SPACE(MOST_FILES * sizeof(int))];
         } control;
         struct iovec part = {bytes, size};
-        struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof control};
+        struct msghdr message = {.msg_iov = &part,
+                                 .msg_iovlen = 1,
+                                 .msg_control = control.room,
+                                 .msg_controllen = sizeof control};
         ssize_t received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
         if (received < 0 && errno == EINTR)
             continue;

@@ -168,7 +168,8 @@ static void run_head(struct sim_stream *stream)
     int code = task->run(task);
     if (code < 0 || code == ACL_STREAM_ABORT)
         sim_fail(code, "%s: ended by abort or stop of stream %d", what, stream->id);
-    /* It stays the running one until everything of it is gone: an abort that returns means that nothing is touched any more. */
+    /* It stays the running one until everything of it is gone: an abort that returns means that nothing is touched
+       any more. */
     end_task(task, code);
     pthread_mutex_lock(&stream->lock);
     stream->running = NULL;
@@ -219,7 +220,8 @@ int sim_enqueue(struct sim_stream *stream, struct sim_task *task)
     pthread_mutex_lock(&stream->lock);
     int code = 0;
     if (stream->aborted || stream->quitting)
-        code = sim_fail(ACL_STREAM_ABORT, "%s: stream %d was %s", task->what, stream->id, stream->aborted ? "aborted" : "destroyed");
+        code = sim_fail(ACL_STREAM_ABORT, "%s: stream %d was %s", task->what, stream->id,
+                        stream->aborted ? "aborted" : "destroyed");
     if (!code)
         code = start_worker(stream);
     if (!code) {
@@ -310,8 +312,8 @@ int sim_stream_drain(const char *function, struct sim_stream *stream, uint64_t d
     if (stream->aborted && !was_aborted)
         code = sim_fail(ACL_STREAM_ABORT, "%s: stream %d was aborted during the wait", function, stream->id);
     else if (stream->finished < last && !stream->aborted)
-        code = sim_fail(ACL_STREAM_SYNC_TIMEOUT, "%s: stream %d: time is up, %lu tasks are not done", function, stream->id,
-                        (unsigned long)(last - stream->finished));
+        code = sim_fail(ACL_STREAM_SYNC_TIMEOUT, "%s: stream %d: time is up, %lu tasks are not done", function,
+                        stream->id, (unsigned long)(last - stream->finished));
     else
         code = stored_error(function, stream);
     pthread_mutex_unlock(&stream->lock);
@@ -483,7 +485,8 @@ static size_t count_streams(const struct sim_device *device, const struct sim_co
     size_t count = 0;
     pthread_mutex_lock(&all_lock);
     for (struct sim_stream *stream = all; stream; stream = stream->next)
-        count += !stream->is_default && (context ? stream->context == context : sim_context_device(stream->context) == device);
+        count += !stream->is_default &&
+                 (context ? stream->context == context : sim_context_device(stream->context) == device);
     pthread_mutex_unlock(&all_lock);
     return count;
 }
@@ -510,12 +513,13 @@ int sim_stream_get(const char *function, aclrtStream handle, struct sim_context 
     struct sim_stream *stream = (struct sim_stream *)sim_handle_get(handle, SIM_STREAM_HANDLE);
     if (!stream) {
         bool closed = sim_handle_closed(handle, SIM_STREAM_HANDLE);
-        return sim_refuse(closed ? "use_after_free" : "wrong_device", ACL_STREAM_CONTEXT, "%s: %p is no stream%s", function, handle,
-                          closed ? " any more: it was destroyed" : " of this process");
+        return sim_refuse(closed ? "use_after_free" : "wrong_device", ACL_STREAM_CONTEXT, "%s: %p is no stream%s",
+                          function, handle, closed ? " any more: it was destroyed" : " of this process");
     }
     if (stream->context != context) {
-        int code = sim_refuse("wrong_device", ACL_STREAM_CONTEXT, "%s: stream %d belongs to a context of device %d, not to the thread's",
-                              function, stream->id, sim_stream_device(stream)->id);
+        int code = sim_refuse("wrong_device", ACL_STREAM_CONTEXT,
+                              "%s: stream %d belongs to a context of device %d, not to the thread's", function,
+                              stream->id, sim_stream_device(stream)->id);
         sim_stream_put(stream);
         return code;
     }
@@ -561,7 +565,8 @@ static int create(const char *function, aclrtStream *handle, uint32_t priority, 
     if (priority || flags & ~KNOWN_FLAGS)
         return sim_fail(ACL_PARAM_INVALID, "%s: priority %u (must be 0), flags %#x", function, priority, flags);
     if (sim_streams_alive(sim_context_device(context)) >= (size_t)sim_knob(SIM_STREAMS))
-        return sim_fail(ACL_NO_STREAM_RESOURCE, "%s: the device's %ld streams are used up", function, sim_knob(SIM_STREAMS));
+        return sim_fail(ACL_NO_STREAM_RESOURCE, "%s: the device's %ld streams are used up", function,
+                        sim_knob(SIM_STREAMS));
     struct sim_stream *stream;
     code = sim_stream_make(context, flags, false, &stream);
     if (!code)
@@ -618,7 +623,8 @@ static int destroy(const char *function, aclrtStream handle, bool by_force)
     if (stream->is_default)
         code = sim_fail(ACL_PARAM_INVALID, "%s: the default stream cannot be destroyed", function);
     else if (!sim_handle_close(handle))
-        code = sim_refuse("double_free", ACL_PARAM_INVALID, "%s: stream %d was destroyed by another thread", function, stream->id);
+        code = sim_refuse("double_free", ACL_PARAM_INVALID, "%s: stream %d was destroyed by another thread", function,
+                          stream->id);
     else {
         if (by_force)
             abort_stream(stream);
@@ -659,7 +665,8 @@ int sim_check_timeout(const char *function, int32_t timeout, bool zero_is_define
     if (timeout == -1)
         return sim_misuse("unbounded_wait", ACL_PARAM_INVALID, "%s: timeout -1 waits without limit", function);
     if (timeout == 0 && !zero_is_defined)
-        return sim_misuse("unbounded_wait", ACL_PARAM_INVALID, "%s: nobody says whether timeout 0 means no wait or no limit", function);
+        return sim_misuse("unbounded_wait", ACL_PARAM_INVALID,
+                          "%s: nobody says whether timeout 0 means no wait or no limit", function);
     return 0;
 }
 

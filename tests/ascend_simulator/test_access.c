@@ -2,7 +2,8 @@
 #include "internal.h"
 
 /* Byte by byte and unseen by ThreadSanitizer: a look that obeys no stream is a race by intention. */
-__attribute__((no_sanitize("thread"))) static void move_unordered(volatile unsigned char *to, const volatile unsigned char *from, size_t size)
+__attribute__((no_sanitize("thread"))) static void move_unordered(volatile unsigned char *to,
+                                                                  const volatile unsigned char *from, size_t size)
 {
     for (size_t i = 0; i < size; i++)
         to[i] = from[i];

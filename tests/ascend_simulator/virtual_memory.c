@@ -1,11 +1,11 @@
 /* Virtual memory management: there, so that a program can ask, and not supported. */
 #include "internal.h"
 
-#define NOT_SUPPORTED(name, ...)                                                                                                 \
-    SIM_API aclError name(__VA_ARGS__)                                                                                           \
-    {                                                                                                                            \
-        int code = sim_enter(__func__, SIM_NEEDS_CONTEXT, NULL);                                                                 \
-        return code ? code : sim_fail(ACL_FEATURE_NOT_SUPPORT, "%s: not simulated", __func__);                                   \
+#define NOT_SUPPORTED(name, ...) \
+    SIM_API aclError name(__VA_ARGS__) \
+    { \
+        int code = sim_enter(__func__, SIM_NEEDS_CONTEXT, NULL); \
+        return code ? code : sim_fail(ACL_FEATURE_NOT_SUPPORT, "%s: not simulated", __func__); \
     }
 
 #pragma GCC diagnostic ignored "-Wunused-parameter"
@@ -14,7 +14,8 @@ NOT_SUPPORTED(aclrtMemGetAllocationGranularity, void *properties, int option, si
 NOT_SUPPORTED(aclrtMallocPhysical, void **handle, size_t size, const void *properties, uint64_t flags)
 NOT_SUPPORTED(aclrtFreePhysical, void *handle)
 NOT_SUPPORTED(aclrtReserveMemAddress, void **address, size_t size, size_t alignment, void *wanted, uint64_t flags)
-NOT_SUPPORTED(aclrtReserveMemAddressNoUCMemory, void **address, size_t size, size_t alignment, void *wanted, uint64_t flags)
+NOT_SUPPORTED(aclrtReserveMemAddressNoUCMemory, void **address, size_t size, size_t alignment, void *wanted,
+              uint64_t flags)
 NOT_SUPPORTED(aclrtReleaseMemAddress, void *address)
 NOT_SUPPORTED(aclrtMapMem, void *address, size_t size, size_t offset, void *handle, uint64_t flags)
 NOT_SUPPORTED(aclrtUnmapMem, void *address)
