@@ -410,13 +410,13 @@ def test_a_communicator_of_root_information_serves_too(program):
 
 def test_a_peer_that_is_gone(pair, wire):
     peer, there, initiator, here = pair(wire)
+    began = time.monotonic()
     peer.program.kill()
     assert initiator.call(one_sided, "Get", 0, [(here, there, POOL)]) == SUCCESS
-    began = time.monotonic()
     assert initiator.call(synchronise) == SUSPECT_REMOTE
     roce = wire[0] or "server 1" in wire[1]
     assert initiator.call(asynchronous_error) == (E_REMOTE if roce else SUCCESS)
-    assert (time.monotonic() - began > 0.25) == bool(roce), "the network tries again for a while"
+    assert not roce or time.monotonic() - began > 0.25, "the network tries again for a while"
     initiator.call(abort)
     tear_down(initiator)
 
@@ -515,7 +515,7 @@ def transfer_and_wait(state, kind, here, there):
 
 
 def test_two_streams(pair):
-    _, there, initiator, here = pair(own_FAULTS="exec.get=delay(300)", MISUSE="error")
+    _, there, initiator, here = pair(own_FAULTS="exec.get=hang", MISUSE="error")
     assert initiator.call(get_on_two_streams, here, there) == [SUCCESS, E_PARA]
     assert initiator.call(counter, "misuse.comm_two_streams") == 1
 
@@ -531,7 +531,7 @@ def get_on_two_streams(state, here, there):
 
 
 def test_unbinding_under_a_get(pair):
-    _, there, initiator, here = pair(own_FAULTS="exec.get=delay(300)", MISUSE="error")
+    _, there, initiator, here = pair(own_FAULTS="exec.get=hang", MISUSE="error")
     assert initiator.call(one_sided, "Get", 0, [(here, there, 64)]) == SUCCESS
     assert initiator.call(with_comm, "HcclCommUnbindMem", "registration") == E_PARA
     assert initiator.call(counter, "misuse.comm_busy_destroy") == 1
