@@ -1,16 +1,17 @@
 # Scattered bytes between two devices, over a communicator of two ranks.
 #
 # Both ends see a transfer as the same row of bytes, tensor by tensor, and cut it in the same way, without a word about
-# it: into steps of STEP_BYTES, and a step into items. What an end does with an item is its own business: if its bytes lie
-# in one piece of device memory, they are sent or received right there, else they go through a staging buffer.
+# it: into steps of STEP_BYTES, and a step into items. What an end does with an item is its own business: if its bytes
+# lie in one piece of device memory, they are sent or received right there, else they go through a staging buffer.
 #
 #   unit < DIRECT_FROM     an item is a step: small pieces are gathered, a pair of operations for each would cost more
 #   unit >= DIRECT_FROM    an item never reaches over the end of a unit: large blocks need no copy, wherever they lie
 #
 # The unit is a block, or what is moved of each tensor: both ends know it. A pair of operations costs some 20 us (two
-# notifications on either side, whatever the size), a copy task some 5 us and its bytes pass at the speed of the device's
-# memory, more than ten times that of a link. Gathered into steps of 4 MiB a block of b bytes costs 5 us and its share of
-# one pair, so a pair of its own pays from about a MiB on. These are estimates: nothing of it was measured on hardware.
+# notifications on either side, whatever the size), a copy task some 5 us, and its bytes pass at the speed of the
+# device's memory, more than ten times that of a link. Gathered into steps of 4 MiB a block of b bytes costs 5 us and its
+# share of one pair, so a pair of its own pays from about a MiB on. These are estimates: nothing of it was measured on
+# hardware.
 
 from libc.stdint cimport uint64_t
 

@@ -5,8 +5,8 @@ communicator sends the other half; events keep either from overtaking. Receiving
 in one piece on the device touch neither buffer nor copy stream. Memory of the host, and pieces that the device cannot
 copy by itself, are copied by the caller's thread in between.
 
-Nothing in here waits without a limit. After a failure or a deadline nobody knows how far the peer has come: both streams
-are aborted, so that no byte of the caller's memory changes any more, and the communicator is lost.
+Nothing in here waits without a limit. After a failure or a deadline nobody knows how far the peer has come: both
+streams are aborted, so that no byte of the caller's memory changes any more, and the communicator is lost.
 """
 
 import time
@@ -202,9 +202,9 @@ cdef class Exchange:
 
     # ---- whose turn it is
 
-    # There is one order of operations for both ends. Rank 0 grants: it takes its own turn before it asks for a transfer,
-    # and before it answers one that is asked for. Rank 1 takes its own after it was answered, or before it answers. So
-    # the turn of rank 0 always comes first, and no two can wait for each other.
+    # There is one order of operations for both ends. Rank 0 grants: it takes its own turn before it asks for a
+    # transfer, and before it answers one that is asked for. Rank 1 takes its own after it was answered, or before it
+    # answers. So the turn of rank 0 always comes first, and no two can wait for each other.
 
     cdef bint take_turn(self, const Gate *gate) noexcept nogil:
         while not compare_exchange(&self._turn, 0, 1):

@@ -35,7 +35,7 @@ cdef class TcpPeer(LinkEnd):
     cdef Outcome _why_broken(self, StreamEnd end, const Gate *gate) noexcept nogil
     cdef StreamEnd _send_request(self, int fd, Transfer *transfer, bint more) noexcept nogil
     cdef StreamEnd _confirm(self, int fd, StreamVerdict *verdict, Outcome outcome, const Gate *gate) noexcept nogil
-    # How the bytes move. Anything but STREAM_OK closes the connection; `answered`: the owner has begun with the request.
+    # How the bytes move. Anything but STREAM_OK closes the connection; `answered`: the owner has begun.
     cdef StreamEnd _pull_once(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil
     cdef StreamEnd _push_once(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil
     cdef int _report(self, const Transfer *transfer, Outcome outcome) except -1
