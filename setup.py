@@ -1,5 +1,6 @@
 """The table of native modules; everything else about the package stands in pyproject.toml."""
 
+import os
 from glob import glob
 
 from Cython.Build import cythonize
@@ -34,13 +35,23 @@ MODULES = [
     "_ascend_copies",
 ]
 
+# How they are compiled; `tests/instrumented.py` asks for the others, in a tree of its own.
+FLAGS = {
+    "": ["-O3"],
+    "coverage": ["-O0", "--coverage"],
+    "address": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"],
+    "thread": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+}
+INSTRUMENT = os.environ.get("LLM_DATADIST_INSTRUMENT", "")
+
 extensions = [
     Extension(
         f"llm_datadist.{name}",
         [f"llm_datadist/{name}.pyx"],
         include_dirs=["llm_datadist/include"],
         depends=glob("llm_datadist/include/*.h"),
-        extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        extra_compile_args=[*FLAGS[INSTRUMENT], "-Wall", "-Wextra"],
+        extra_link_args=FLAGS[INSTRUMENT] if INSTRUMENT else [],
     )
     for name in MODULES
 ]
@@ -49,6 +60,7 @@ setup(
     ext_modules=cythonize(
         extensions,
         build_dir="build/cython",
+        emit_linenums=INSTRUMENT == "coverage",
         compiler_directives={
             "language_level": "3",
             "embedsignature": True,

@@ -9,9 +9,8 @@
 #
 # The unit is a block, or what is moved of each tensor: both ends know it. A pair of operations costs some 20 us (two
 # notifications on either side, whatever the size), a copy task some 5 us, and its bytes pass at the speed of the
-# device's memory, more than ten times that of a link. Gathered into steps of 4 MiB a block of b bytes costs 5 us and its
-# share of one pair, so a pair of its own pays from about a MiB on. These are estimates: nothing of it was measured on
-# hardware.
+# device's memory, more than ten times that of a link. Gathered into steps of 4 MiB a block costs 5 us and its share of
+# one pair, so a pair of its own pays from about a MiB on. These are estimates: nothing of it was measured on hardware.
 
 from libc.stdint cimport uint64_t
 

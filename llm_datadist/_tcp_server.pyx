@@ -25,7 +25,8 @@ from llm_datadist._stream cimport (
 )
 from llm_datadist._tcp cimport (
     BY_BLOCKS, CONSUME, MAKE_COMMUNICATOR, MAX_TABLE, PULL_BLOCKS, PULL_RANGE, PUSH_TO_ADDRESSES, PUSH_TO_KEY, SEALED,
-    SUMMED, StreamReply, StreamRequest, StreamVerdict, is_verdict, sign_reply, sign_verdict, stream_magic, sum_of_request,
+    SUMMED, StreamReply, StreamRequest, StreamVerdict, is_verdict, sign_reply, sign_verdict, stream_magic,
+    sum_of_request,
 )
 
 cdef enum:

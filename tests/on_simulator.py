@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tests.ascend_simulator import build
+from tests.instrumented import SANITIZER, end_with_coverage
 
 LIMIT_S = 60.0
 _LIBRARIES = ("ACL", "HCOMM", "HCCL")
@@ -74,7 +75,7 @@ def pair_on_simulator(first: Body, second: Body, variant: str = "", **environmen
 def _start(bodies: list[tuple[Body, dict[str, Any]]], variant: str, environment: dict[str, object]) -> list[_Run]:
     variables = {"LLMDD_SIM_WORLD": uuid.uuid4().hex, "LLMDD_SIM_SETDEVICE_MS": "0"}
     for library in _LIBRARIES:
-        variables[f"LLM_DATADIST_{library}_LIBRARY"] = str(build.library(variant))
+        variables[f"LLM_DATADIST_{library}_LIBRARY"] = str(build.library(variant, SANITIZER))
     for name, value in environment.items():
         full = name if name.startswith(("LLMDD_", "LLM_DATADIST_", "ASCEND_", "HCCL_")) else f"LLMDD_SIM_{name}"
         variables[full] = str(value)
@@ -125,11 +126,14 @@ def _inside(module: str, name: str, arguments: dict[str, Any], variables: dict[s
     faulthandler.enable()
     faulthandler.dump_traceback_later(LIMIT_S - 5.0, exit=True)
     function = getattr(importlib.import_module(module), name)
+    status = 0
     try:
         getattr(function, "__wrapped__", function)(**arguments)
     except BaseException:
         traceback.print_exc()
-        raise SystemExit(1) from None
+        status = 1
+    end_with_coverage(status)
+    raise SystemExit(status)
 
 
 def raw() -> ctypes.CDLL:

@@ -249,7 +249,8 @@ def decoder_that_is_not_met(peer: Connection) -> None:
     began = time.monotonic()
     assert linked.link(500) == (LLMStatusCode.LLM_LINK_FAILED, [TIMEOUT])
     assert time.monotonic() - began < 0.5 + LITTLE_S
-    assert linked.link(15_000) == LINKED
+    again = linked.link(15_000)
+    assert again == LINKED, again
     assert linked.pull()[0] is OK
     linked.end()
 
