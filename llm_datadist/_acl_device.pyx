@@ -8,7 +8,7 @@ calling one.
 import os
 
 cimport cython
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from llm_datadist._acl_addresses cimport is_device_memory
 from llm_datadist._acl_runtime cimport (
@@ -203,6 +203,30 @@ cdef class Device:
         if failure.code != ACL_SUCCESS:
             raise failure_error(&failure)
         return free, total
+
+    def attribute(self, int number):
+        """Value of an attribute of the device; None if its kind does not have it, or the release does not tell.
+
+        Parameters
+        ----------
+        number : int
+            As the runtime counts attributes.
+        """
+        cdef Scope scope
+        cdef int64_t value = 0
+        cdef aclError code
+        if self.acl.aclrtGetDeviceInfo == NULL:
+            return None
+        self._keep()
+        with nogil:
+            code = self.enter(&scope)
+            if code == ACL_SUCCESS:
+                code = self.acl.aclrtGetDeviceInfo(<uint32_t>self.device_id, number, &value)
+                if code != ACL_SUCCESS:
+                    forget_text()
+                self.leave(&scope)
+        self._drop()
+        return value if code == ACL_SUCCESS else None
 
     def holds(self, uint64_t address):
         """Tell whether an address is one of a device, this one or another."""
