@@ -33,6 +33,11 @@ MODULES = [
     "_hccl",
     "_ascend_lane",
     "_ascend_copies",
+    "_hccl_exchange",
+    "_hccl_end",
+    "_hccl_regions",
+    "_hccl_gets",
+    "_hccl_one_sided",
 ]
 
 # How they are compiled; `tests/instrumented.py` asks for the others, in a tree of its own.

@@ -104,3 +104,15 @@ cdef class Communicator:
     cdef readonly int rank
     cdef readonly str name
     cdef HcclComm handle                  # NULL once destroyed
+    cdef HcclFunctions *hccl
+
+    # Takes the arguments that all ways to make one have in common, and makes it.
+    cdef int _make(
+        self, Device device, const void *description, int rank, str name, int buffer_mib, int exec_timeout_s
+    ) except -1
+    cdef int _create(self, const void *description, HcclCommConfig *config) except -1
+    # The call of HCCL: `description` is what both ranks have been given.
+    cdef void _init(
+        self, const void *description, HcclCommConfig *config, HcclComm *handle, AclFailure *failure
+    ) noexcept nogil
+    cdef bint _destroy(self, uint64_t deadline_ns) noexcept

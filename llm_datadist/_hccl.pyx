@@ -221,7 +221,6 @@ cdef object _number(str variable, object default):
 _creating = set()  # ids of the devices on which a communicator is being made
 
 
-@cython.final
 @cython.no_gc_clear
 cdef class Communicator:
     """A communicator of two ranks, one of which is this process.
@@ -257,16 +256,20 @@ cdef class Communicator:
         int exec_timeout_s,
     ):
         cdef HcclRootInfo info
-        cdef HcclCommConfig config
-        cdef AclFailure failure
         cdef const char *given = root_info
-        if self.device is not None:
-            raise ValueError("the communicator is made already")
         if len(root_info) != ROOT_INFO_BYTES:
             raise ValueError(f"root information has {len(root_info)} bytes, should be {ROOT_INFO_BYTES}")
+        memcpy(&info, given, sizeof(info))
+        self._make(device, &info, rank, name, buffer_mib, exec_timeout_s)
+
+    cdef int _make(
+        self, Device device, const void *description, int rank, str name, int buffer_mib, int exec_timeout_s
+    ) except -1:
+        cdef HcclCommConfig config
+        if self.device is not None:
+            raise ValueError("the communicator is made already")
         if rank not in (0, 1):
             raise ValueError(f"rank {rank}, should be 0 or 1")
-        memcpy(&info, given, sizeof(info))
         self.hccl = hccl_functions()
         _fill_config(&config, name, buffer_mib, exec_timeout_s, self.hccl.HcclConfigGetInfo != NULL)
         device._hold()
@@ -274,12 +277,14 @@ cdef class Communicator:
         self.rank = rank
         self.name = name
         try:
-            self._create(&info, &config, &failure)
+            self._create(description, &config)
         except BaseException:
             device._drop()
             raise
+        return 0
 
-    cdef int _create(self, const HcclRootInfo *info, const HcclCommConfig *config, AclFailure *failure) except -1:
+    cdef int _create(self, const void *description, HcclCommConfig *config) except -1:
+        cdef AclFailure failure
         cdef Scope scope
         cdef HcclComm handle = NULL
         cdef aclError entered
@@ -291,22 +296,27 @@ cdef class Communicator:
         _creating.add(self.device.device_id)
         try:
             with nogil:
-                note_failure(failure, "aclrtSetCurrentContext", self.device.enter(&scope))
+                note_failure(&failure, "aclrtSetCurrentContext", self.device.enter(&scope))
                 entered = failure.code
                 if entered == ACL_SUCCESS:
-                    note_hccl_failure(
-                        failure, "HcclCommInitRootInfoConfig",
-                        self.hccl.HcclCommInitRootInfoConfig(2, info, self.rank, config, &handle),
-                    )
+                    self._init(description, config, &handle, &failure)
                     self.device.leave(&scope)
         finally:
             _creating.discard(self.device.device_id)
         if entered != ACL_SUCCESS:
-            raise failure_error(failure)
+            raise failure_error(&failure)
         if failure.code != HCCL_SUCCESS:
-            raise hccl_failure_error(failure)
+            raise hccl_failure_error(&failure)
         self.handle = handle
         return 0
+
+    cdef void _init(
+        self, const void *description, HcclCommConfig *config, HcclComm *handle, AclFailure *failure
+    ) noexcept nogil:
+        note_hccl_failure(
+            failure, "HcclCommInitRootInfoConfig",
+            self.hccl.HcclCommInitRootInfoConfig(2, <const HcclRootInfo *>description, self.rank, config, handle),
+        )
 
     @staticmethod
     def root_info(Device device not None):
