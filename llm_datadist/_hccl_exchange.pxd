@@ -55,6 +55,8 @@ cdef struct Step:
 cdef void start_row(
     Row *row, const uint64_t *tensors, uint64_t num_tensors, const Range *ranges, uint64_t num_ranges, uint64_t unit
 ) noexcept nogil
+# Goes on by the bytes, `most` at most, that follow each other in memory; says where they begin, gives how many.
+cdef uint64_t next_piece(Row *row, uint64_t most, uint64_t *address) noexcept nogil
 
 
 cdef class Half:

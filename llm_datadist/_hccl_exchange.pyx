@@ -389,7 +389,7 @@ cdef class Exchange:
             staged = self._staging.base + half.offset + step.items[i].offset
             left = step.items[i].nbytes
             while left != 0:
-                nbytes = _next_piece(&walk, left, &address)
+                nbytes = next_piece(&walk, left, &address)
                 if step.items[i].address == 0:
                     outcome = self._copy_piece(address, staged, nbytes, sending, event, &must_wait, gate)
                     if outcome != DONE:
@@ -479,7 +479,7 @@ cdef class Exchange:
         cdef bint direct = True
         item.address = expected = 0
         while left != 0:
-            nbytes = _next_piece(row, left, &address)
+            nbytes = next_piece(row, left, &address)
             if left == item.nbytes:
                 item.address = expected = address
             direct = direct and address == expected and self._is_on_device(address)
@@ -510,8 +510,7 @@ cdef void start_row(
     row.left = num_tensors * of_tensor
 
 
-cdef uint64_t _next_piece(Row *row, uint64_t most, uint64_t *address) noexcept nogil:
-    """Go on by the bytes, `most` at most, that follow each other in memory; says where they begin, gives how many."""
+cdef uint64_t next_piece(Row *row, uint64_t most, uint64_t *address) noexcept nogil:
     cdef const Range *at
     cdef uint64_t nbytes
     while row.ranges[row.range].nbytes == row.range_done:
