@@ -59,9 +59,6 @@ cdef class HcclPeer(TcpPeer):
         Of the link; shared with the other direction.
     """
 
-    cdef readonly Exchange exchange
-    cdef str _detail
-
     def __init__(self, Exchange exchange not None):
         super().__init__(False)
         self.exchange = exchange
@@ -106,6 +103,7 @@ cdef class HcclPeer(TcpPeer):
     cdef Outcome _have_communicator(self, const Gate *gate) noexcept nogil:
         cdef bint made = False
         with gil:
+            self._detail = ""
             try:
                 made = self._want_communicator(gate.deadline_ns)
             except Exception as error:
@@ -226,8 +224,6 @@ cdef class HcclPeer(TcpPeer):
 cdef class HcclServer(TcpServer):
     """The owner's end; the parameters are those of `TcpServer`, and the exchange of the link."""
 
-    cdef readonly Exchange exchange
-
     def __init__(
         self, Memory pool not None, Segment directory not None, Segment ledger not None, Segment claims not None,
         bint peer_writes, Exchange exchange not None,
@@ -287,9 +283,12 @@ cdef class HcclServer(TcpServer):
     cdef bint _move_row(self, int fd, Work *work, Row *row, bint sending) noexcept nogil:
         cdef Outcome moved = self.exchange.move(row, sending, fd, &work.gate)
         if moved == DEVICE_FAILED and not stopped(&work.gate):
-            with gil:
-                _log.error("a transfer that the peer asked for has failed: %s", self.exchange.failure)
+            self._tell_failure()
         return moved == DONE
+
+    cdef void _tell_failure(self) noexcept nogil:
+        with gil:
+            _log.error("a transfer that the peer asked for has failed: %s", self.exchange.failure)
 
     cdef bint _serve_other(self, int fd, Work *work) noexcept nogil:
         cdef bint goes_on = False

@@ -121,7 +121,7 @@ class TransferFailures:
             ),
             Outcome.MEMORY_DENIED: (
                 f"the kernel does not let this process touch private memory of cluster {cluster_id}, and its data"
-                " server cannot be reached"
+                " server cannot be reached; or the link is one-sided over HCCL, and the memory is not in the pool"
             ),
             Outcome.CORRUPTED: f"the checksum says that bytes from or to cluster {cluster_id} changed on the way",
             Outcome.DEVICE_FAILED: f"the device, or its communication library, has failed: {fault.detail}",
