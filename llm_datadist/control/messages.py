@@ -122,24 +122,30 @@ class CommunicatorWish:
     device: int  # physical id
     version: str  # of the installed runtime; empty = not known
     batched: bool  # whether HCCL takes several operations in one call
+    place: str  # hccl_one_sided: rank table of the own device alone
+    pool_address: int  # hccl_one_sided: what the other side may reach, as this process sees it
+    pool_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class CommunicatorOffer:
-    """The answer: how it is made. The side that answers is rank 0."""
+    """The answer: how it is made. The side that answers is rank 0, unless rank tables say who is."""
 
     busy: bool  # another one is being made on this device; ask again
     reason: str  # why there will be none; empty = there will
-    root_info: bytes  # as HCCL gives it
+    root_info: bytes  # hccl: as HCCL gives it
     name: str
     buffer_mib: int
     execution_limit_s: int
     batched: bool  # whether both post the operations of a step in one call
+    place: str  # as in the wish
+    pool_address: int
+    pool_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class CommunicatorMade:
-    """Either side: how it went here."""
+    """Either side: how a step of making it went here."""
 
     reason: str  # what went wrong; empty = nothing
 

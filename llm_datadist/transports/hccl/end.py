@@ -9,10 +9,13 @@ from typing import Callable
 from llm_datadist._directory import Directory
 from llm_datadist._hccl_end import HcclPeer, HcclServer
 from llm_datadist._hccl_exchange import Exchange
+from llm_datadist._hccl_one_sided import OneSidedPeer, OneSidedServer
 from llm_datadist._segment import Memory, Segment
-from llm_datadist.transports.hccl import NAME
+from llm_datadist.transports.hccl import NAME, ONE_SIDED
 from llm_datadist.transports.hccl.hccl_device import HcclDevice
-from llm_datadist.transports.hccl.making import Maker
+from llm_datadist.transports.hccl.making import Maker, Way
+from llm_datadist.transports.hccl.one_sided import OneSided
+from llm_datadist.transports.hccl.two_sided import TwoSided
 from llm_datadist.transports.serving_threads import ServingThreads
 from llm_datadist.transports.tcp import TcpGrant
 
@@ -24,10 +27,25 @@ class SharedExchange:
     ----------
     hccl : HcclDevice
         Of this process.
+    one_sided : bool
+        Whether one end copies alone.
+
+    Attributes
+    ----------
+    exchange : Exchange
+    way : Way
+        How its communicators are made.
     """
 
-    def __init__(self, hccl: HcclDevice) -> None:
-        self.exchange: Exchange = hccl.new_exchange()
+    def __init__(self, hccl: HcclDevice, *, one_sided: bool) -> None:
+        self.exchange: Exchange
+        self.way: Way
+        if one_sided:
+            gets = hccl.new_one_sided_exchange()
+            self.exchange, self.way = gets, OneSided(hccl, gets)
+        else:
+            self.exchange = hccl.new_exchange()
+            self.way = TwoSided(hccl, self.exchange)
         self._hccl = hccl
         self._holders = 0
         self._lock = threading.Lock()
@@ -73,7 +91,7 @@ class HcclEnd(HcclPeer):
     ) -> None:
         super().__init__(shared.exchange)
         self.private_memory = private_memory
-        self.maker = Maker(hccl, shared.exchange, self, shared.hold, shared.let_go)
+        self.maker = Maker(hccl, shared.exchange, shared.way, self, shared.hold, shared.let_go)
         self._want = want_channel
         self._on_close = on_close
         self._shared: SharedExchange | None = shared
@@ -113,6 +131,12 @@ class HcclEnd(HcclPeer):
             shared, self._shared = self._shared, None
             shared.let_go()
         return done
+
+
+class OneSidedEnd(HcclEnd, OneSidedPeer):
+    """The same of a link over which one end copies alone."""
+
+    name = ONE_SIDED
 
 
 class HcclGrant(TcpGrant):
@@ -155,6 +179,16 @@ class HcclGrant(TcpGrant):
             self._shared.let_go()
 
 
+class OneSidedGrant(HcclGrant):
+    """The same of a link over which one end copies alone."""
+
+    name = ONE_SIDED
+
+    def _new_server(self, pool: Memory, ledger: Segment, claims: Segment, *, peer_writes: bool) -> HcclServer:
+        segment, exchange = self._directory.segment, self._shared.exchange
+        return _OneSidedServer(pool, segment, ledger, claims, peer_writes, exchange, self._maker)
+
+
 def data_link(
     hccl: HcclDevice,
     want_channel: Callable[[], None],
@@ -163,11 +197,13 @@ def data_link(
     granted: tuple[Memory, Directory, threading.Lock, ServingThreads],
     *,
     peer_writes: bool,
+    one_sided: bool,
 ) -> tuple[HcclEnd, HcclGrant]:
     """Begin a link: both of its ends on this side, which share the exchange."""
-    shared = SharedExchange(hccl)
-    end = HcclEnd(hccl, shared, want_channel, on_close, private_memory)
-    return end, HcclGrant(*granted, peer_writes=peer_writes, shared=shared, maker=end.maker)
+    shared = SharedExchange(hccl, one_sided=one_sided)
+    end_class, grant_class = (OneSidedEnd, OneSidedGrant) if one_sided else (HcclEnd, HcclGrant)
+    end = end_class(hccl, shared, want_channel, on_close, private_memory)
+    return end, grant_class(*granted, peer_writes=peer_writes, shared=shared, maker=end.maker)
 
 
 class _Server(HcclServer):
@@ -188,3 +224,7 @@ class _Server(HcclServer):
 
     def _make_communicator(self, fd: int, timeout_ns: int) -> bool:
         return self._maker.answer(fd, timeout_ns)
+
+
+class _OneSidedServer(_Server, OneSidedServer):
+    """The same of a link over which one end copies alone."""

@@ -1,4 +1,4 @@
-"""What all links over HCCL of one device share: settings, scratch memory, a thread that takes communicators down."""
+"""What all links over HCCL of one device share: settings, memory, a thread that takes communicators down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from llm_datadist import _acl, _hccl
 from llm_datadist._acl import Device, DeviceMemory
 from llm_datadist._hccl_exchange import Exchange
+from llm_datadist._hccl_gets import OneSidedExchange
+from llm_datadist._hccl_regions import RegisteredMemory
 from llm_datadist._segment import Memory
+from llm_datadist._shared_library import VendorError
+from llm_datadist.devices.ascend.rank_table import LocalPart
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -65,6 +69,8 @@ class HcclDevice:
         Of the caches on it.
     settings : HcclSettings
         For the communicators that this process offers.
+    place : LocalPart or None
+        Where the device is; for one-sided links.
 
     Attributes
     ----------
@@ -74,13 +80,16 @@ class HcclDevice:
         Of the installed runtime; empty if it does not say.
     """
 
-    def __init__(self, device: Device, pool: Memory, settings: HcclSettings) -> None:
+    def __init__(self, device: Device, pool: Memory, settings: HcclSettings, place: LocalPart | None = None) -> None:
         self.device = device
         self.settings = settings
+        self.place = place
         self.version = _acl.version_of("runtime") or ""
         self.connect_seconds = _connect_seconds()
         self._pool = pool
         self._scratch: DeviceMemory | None = None
+        self._registered: RegisteredMemory | None = None
+        self._registering = threading.Lock()  # HCCL may take its time
         self._batched: bool | None = None
         self._retired: deque[Exchange] = deque()
         self._changed = threading.Condition()
@@ -101,11 +110,44 @@ class HcclDevice:
                 self._scratch = DeviceMemory(self.device, 1)
             return self._scratch
 
+    @property
+    def registered(self) -> RegisteredMemory:
+        """The pool, as peers reach it over one-sided links: registered once, by the first of them.
+
+        Raises
+        ------
+        HcclError
+            HCCL refuses.
+        """
+        with self._registering:
+            if self._registered is None:
+                self._registered = RegisteredMemory(self.device, self._pool)
+            return self._registered
+
+    @property
+    def required_place(self) -> LocalPart:
+        """Where the device is; one-sided links must be allowed."""
+        if self.place is None:
+            raise ValueError("one-sided links are not allowed here")
+        return self.place
+
+    def objection_to_version(self, version: str) -> str:
+        """Say why a peer whose runtime has this version cannot be reached; empty if it can."""
+        if version and self.version and version != self.version:
+            return f"CANN {self.version} is installed here and {version} there, HCCL wants the same at both ends"
+        return ""
+
     def new_exchange(self) -> Exchange:
         """Begin with the exchange of a link; `retire` must follow."""
         with self._changed:
             self._living += 1
         return Exchange(self.device, self._pool)
+
+    def new_one_sided_exchange(self) -> OneSidedExchange:
+        """Begin with the exchange of a one-sided link; `retire` must follow."""
+        with self._changed:
+            self._living += 1
+        return OneSidedExchange(self.device, self._pool)
 
     def retire(self, exchange: Exchange) -> None:
         """Take an exchange down that nobody uses any more; does not wait. From any thread."""
@@ -131,7 +173,7 @@ class HcclDevice:
                 self._living -= 1
 
     def close(self, timeout_s: float) -> bool:
-        """Wait until every exchange is down, and give the memory up; tells whether that was done in time."""
+        """Wait until every exchange is down, and give the memory up; tells whether the pool may be freed."""
         give_up = time.monotonic() + timeout_s
         with self._changed:
             while self._living or self._thread is not None:
@@ -141,9 +183,20 @@ class HcclDevice:
                     return False
                 self._changed.wait(left)
             scratch, self._scratch = self._scratch, None
+        with self._registering:
+            registered, self._registered = self._registered, None
         if scratch is not None:
             scratch.close()
-        return True
+        return registered is None or _take_back(registered)
+
+
+def _take_back(registered: RegisteredMemory) -> bool:
+    try:
+        registered.close()
+    except VendorError as error:
+        _log.error("the pool stays taken, since HCCL does not let it go: %s", error)
+        return False
+    return True
 
 
 def _connect_seconds() -> float:

@@ -1,13 +1,11 @@
 """Makes the communicator of a link, when the link is made and whenever it was lost.
 
-Either end may begin, over a data connection of its own: the other one is rank 0 and gives the root information. Both
-then enter HCCL, meet each other in both directions once, and tell each other how it went.
+Either end may begin, over a data connection of its own. What they tell each other, and the steps in which both then
+make it, are the business of a way (`two_sided`, `one_sided`); after each step they tell each other how it went.
 
-    begins (rank 1)     MAKE_COMMUNICATOR, CommunicatorWish
-    asked (rank 0)      CommunicatorOffer: busy, refused, or the root information
-    both                make it, meet
-    begins              CommunicatorMade
-    asked               CommunicatorMade
+    begins              MAKE_COMMUNICATOR, CommunicatorWish
+    asked               CommunicatorOffer: busy, refused, or what both need
+    both, for each step carry it out, CommunicatorMade
 
 What waits for HCCL runs in a thread of its own. Who wants the communicator gives up at its deadline; the thread goes
 on, so that the next transfer may find what it has made. HCCL cannot be told to give up: a thread whose peer is gone
@@ -19,14 +17,12 @@ from __future__ import annotations
 import logging
 import os
 import random
-import secrets
 import select
 import socket
 import threading
 import time
-from typing import Callable, TypeVar
+from typing import Callable, Protocol, TypeVar
 
-from llm_datadist._hccl import Communicator
 from llm_datadist._hccl_end import HcclPeer
 from llm_datadist._hccl_exchange import Exchange
 from llm_datadist.control.messages import (
@@ -39,7 +35,6 @@ from llm_datadist.control.messages import (
 from llm_datadist.control.stream import receive_message, send_message
 from llm_datadist.transports.hccl.creation_slot import creation_slot
 from llm_datadist.transports.hccl.hccl_device import THREAD_NAME, HcclDevice
-from llm_datadist.transports.rendezvous import host_identity
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -53,6 +48,34 @@ class CommunicatorRefused(Exception):
     """The two devices cannot have a communicator; says why."""
 
 
+Steps = tuple[Callable[[], None], ...]
+
+
+class Way(Protocol):
+    """How the communicators of a link are made.
+
+    Deadlines are on the clock of ``time.monotonic``. `gives_up` tells a step that waits that there is no use for it any
+    more: the link may be over, and the other end may have failed.
+    """
+
+    def wish(self) -> CommunicatorWish:
+        """Say what the other end has to know."""
+
+    def objection(self, wish: CommunicatorWish) -> str:
+        """Say why there can be no communicator with the end that has the wish; empty if there can."""
+
+    def offer(self, wish: CommunicatorWish) -> CommunicatorOffer:
+        """Answer a wish; raises if there will be no communicator."""
+
+    def joining(self, offer: CommunicatorOffer, deadline: float, gives_up: Callable[[], bool]) -> Steps:
+        """Give the steps of the end that begins. A step raises if it fails, and may wait as long as HCCL does."""
+
+    def giving(
+        self, wish: CommunicatorWish, offer: CommunicatorOffer, deadline: float, gives_up: Callable[[], bool]
+    ) -> Steps:
+        """Give the steps of the end that was asked: as many, and each is carried out beside the other end's."""
+
+
 class Maker:
     """Makes the communicators of one link.
 
@@ -62,6 +85,8 @@ class Maker:
         Of this process.
     exchange : Exchange
         Of the link.
+    way : Way
+        How.
     end : HcclPeer
         Has the data connections.
     hold, let_go : callable
@@ -72,12 +97,14 @@ class Maker:
         self,
         hccl: HcclDevice,
         exchange: Exchange,
+        way: Way,
         end: HcclPeer,
         hold: Callable[[], None],
         let_go: Callable[[], None],
     ) -> None:
         self._hccl = hccl
         self._exchange = exchange
+        self._way = way
         self._end = end
         self._hold, self._let_go = hold, let_go
         self._changed = threading.Condition()
@@ -161,11 +188,10 @@ class Maker:
                 self._end.drop_channel(descriptor)
 
     def _ask(self, descriptor: int, deadline: float) -> bool:
-        hccl = self._hccl
         if not self._end.ask_for_communicator(descriptor, int(max(0.001, deadline - time.monotonic()) * 1e9)):
             raise ConnectionError("the peer closed the data connection")
         with _Talk(descriptor, deadline, self._is_over) as talk:
-            talk.say(CommunicatorWish(host_identity(), hccl.device.physical_id, hccl.version, hccl.batched))
+            talk.say(self._way.wish())
             offer = talk.hear(CommunicatorOffer)
             if offer.reason:
                 raise CommunicatorRefused(offer.reason)
@@ -175,14 +201,7 @@ class Maker:
 
     def _join(self, talk: _Talk, offer: CommunicatorOffer, deadline: float) -> None:
         with _Change(self._exchange, deadline):
-            try:
-                self._prepare(offer, 1, deadline)
-            except Exception as error:
-                talk.say(CommunicatorMade(str(error)[:1000]))
-                raise
-            talk.say(CommunicatorMade(""))
-            _require_success(talk.hear(CommunicatorMade))
-            self._exchange.open()
+            self._carry_out(talk, self._way.joining(offer, deadline, self._gives_up(talk)))
 
     # ---- the end that is asked
 
@@ -191,10 +210,10 @@ class Maker:
         deadline = time.monotonic() + min(timeout_ns / 1e9, self._hccl.connect_seconds)
         with _Talk(descriptor, deadline, self._is_over) as talk:
             wish = talk.hear(CommunicatorWish)
-            reason = self._objection(wish)
+            reason = self._way.objection(wish)
             slot = creation_slot(self._hccl.device.device_id)
             if reason or not slot.acquire(blocking=False):
-                talk.say(CommunicatorOffer(not reason, reason, b"", "", 0, 0, False))
+                talk.say(CommunicatorOffer(not reason, reason[:1000], b"", "", 0, 0, False, "", 0, 0))
                 return True
         return self._answer_in_thread(descriptor, wish, slot, deadline)
 
@@ -222,50 +241,30 @@ class Maker:
             thread.join(_LOOK_SECONDS)
         return ended == [True]
 
-    def _objection(self, wish: CommunicatorWish) -> str:
-        hccl = self._hccl
-        if wish.host == host_identity() and wish.device == hccl.device.physical_id:
-            return f"both ends are on device {wish.device} of one server, HCCL connects two devices"
-        if wish.version and hccl.version and wish.version != hccl.version:
-            return f"CANN {hccl.version} is installed here and {wish.version} there, HCCL wants the same at both ends"
-        return ""
-
     def _give(self, talk: _Talk, wish: CommunicatorWish, deadline: float) -> None:
-        settings = self._hccl.settings
         with _Change(self._exchange, deadline):
-            root = Communicator.root_info(self._hccl.device)
-            offer = CommunicatorOffer(
-                busy=False,
-                reason="",
-                root_info=root,
-                name=f"llm_datadist_{secrets.token_hex(16)}",
-                buffer_mib=settings.buffer_mib,
-                execution_limit_s=settings.execution_limit_s,
-                batched=wish.batched and self._hccl.batched,
-            )
+            offer = self._way.offer(wish)
             talk.say(offer)
-            try:
-                self._prepare(offer, 0, deadline)
-            except Exception as error:
-                talk.say(CommunicatorMade(str(error)[:1000]))
-                raise
-            _require_success(talk.hear(CommunicatorMade))
-            talk.say(CommunicatorMade(""))
-            self._exchange.open()
+            self._carry_out(talk, self._way.giving(wish, offer, deadline, self._gives_up(talk)))
 
     # ---- both
 
-    def _prepare(self, offer: CommunicatorOffer, rank: int, deadline: float) -> None:
-        """Make the communicator, and meet the peer; waits as long as HCCL does."""
-        communicator = Communicator(
-            self._hccl.device, offer.root_info, rank, offer.name, offer.buffer_mib, offer.execution_limit_s
-        )
-        try:
-            self._exchange.adopt(communicator, offer.batched)
-        except BaseException:
-            communicator.destroy(int(deadline * 1e9))
-            raise
-        self._exchange.warm_up(self._hccl.scratch, int(deadline * 1e9))
+    def _carry_out(self, talk: _Talk, steps: Steps) -> None:
+        """Go on only as long as both ends succeed; the exchange is ready then."""
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                talk.say(CommunicatorMade(str(error)[:1000] or type(error).__name__))
+                if talk.has_word:  # the other end has failed first
+                    _require_success(talk.hear(CommunicatorMade))
+                raise
+            talk.say(CommunicatorMade(""))
+            _require_success(talk.hear(CommunicatorMade))
+        self._exchange.open()
+
+    def _gives_up(self, talk: _Talk) -> Callable[[], bool]:
+        return lambda: self._end.is_over or talk.has_word
 
     def _is_over(self) -> bool:
         return self._end.is_over
@@ -318,6 +317,13 @@ class _Talk:
                     raise MessageError(f"unexpected message {end.value!r}") from None
                 return end.value
             self._wait()
+
+    @property
+    def has_word(self) -> bool:
+        """Whether the other end has said something, or has closed the connection."""
+        poller = select.poll()
+        poller.register(self._connection, select.POLLIN)
+        return bool(poller.poll(0))
 
     def _wait(self) -> None:
         poller = select.poll()
