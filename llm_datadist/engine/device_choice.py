@@ -85,18 +85,29 @@ def open_device(
     return open_pool(device_id, nbytes, host_nbytes, simulated=kind is DeviceKind.ASCEND_SIMULATOR)
 
 
-def hccl_device(pool: DevicePool, sync_kv_timeout_ms: int) -> HcclDevice | None:
+def hccl_device(pool: DevicePool, sync_kv_timeout_ms: int, transports: tuple[str, ...]) -> HcclDevice | None:
     """Make what links over HCCL share; None if the caches are on the host.
+
+    Parameters
+    ----------
+    pool : DevicePool
+        Of the caches.
+    sync_kv_timeout_ms : int
+        How long a transfer may take, in milliseconds.
+    transports : tuple of str
+        That may be used: for one-sided links the place of the device must be known.
 
     Raises
     ------
     LLMException
-        LLM_PARAM_INVALID: a setting has no possible value.
+        LLM_PARAM_INVALID: a setting has no possible value, or the place of the device is not known.
     """
     if isinstance(pool, HostPool):
         return None
     from llm_datadist import _hccl
+    from llm_datadist.devices.ascend.place import place_of
     from llm_datadist.devices.ascend.pool import AscendPool
+    from llm_datadist.transports.hccl import ONE_SIDED
     from llm_datadist.transports.hccl.hccl_device import HcclDevice, hccl_settings
 
     assert isinstance(pool, AscendPool)
@@ -104,6 +115,7 @@ def hccl_device(pool: DevicePool, sync_kv_timeout_ms: int) -> HcclDevice | None:
         _log.warning("%s", warning)
     try:
         settings = hccl_settings(sync_kv_timeout_ms)
+        part = place_of(pool.device) if ONE_SIDED in transports else None
     except ValueError as error:
         raise invalid("init", str(error)) from None
-    return HcclDevice(pool.device, pool.segment, settings)
+    return HcclDevice(pool.device, pool.segment, settings, part)

@@ -69,9 +69,11 @@ class Engine(Transfers):
         self._jobs = TransferJobs(self._codes.timeout)
         self._copy_threads = copy_threads(options.copy_threads)
         kind = choose_device(options.device_backend)
-        settings = network(options.network, on_ascend=kind is not DeviceKind.HOST)
+        in_manager_mode = options.cache_manager is not None
+        settings = network(options.network, on_ascend=kind is not DeviceKind.HOST, cache_manager=in_manager_mode)
         self._caches = _open_caches(options, kind)
         try:
+            hccl = hccl_device(self._caches.device, self._timeout_ms, settings.transports)
             self._loop = ControlLoop()
         except BaseException:
             self._caches.close()
@@ -80,7 +82,6 @@ class Engine(Transfers):
         if options.cache_manager is not None:
             let_peers_in()
         device = self._caches.device
-        hccl = hccl_device(device, self._timeout_ms)
         self._grants = Grants(self._caches, options.cache_manager is not None, summed=settings.summed, hccl=hccl)
         copier = device.copier(self._copy_threads)
         self._copies = LocalCopies(

@@ -53,7 +53,7 @@ class Grants:
     Attributes
     ----------
     data_transport : str
-        What links with data connections are called.
+        What links with data connections are called, unless they are one-sided.
     """
 
     def __init__(
@@ -87,7 +87,12 @@ class Grants:
         )
 
     def data_link(
-        self, want_channel: Callable[[], None], on_close: Callable[[], None] | None = None, *, peer_writes: bool
+        self,
+        want_channel: Callable[[], None],
+        on_close: Callable[[], None] | None = None,
+        *,
+        peer_writes: bool,
+        one_sided: bool = False,
     ) -> DataLink:
         """Begin a link with a peer that cannot map memory.
 
@@ -99,6 +104,8 @@ class Grants:
             Called when the end is closed.
         peer_writes : bool
             Whether the peer may push.
+        one_sided : bool
+            Whether one end copies alone; the two ends have agreed on it.
         """
         private = private_memory.DATA_SERVER if self._both_ways else None
         granted = (self._caches.device.segment, self._caches.directory, self._caches.lock, self._threads)
@@ -108,7 +115,8 @@ class Grants:
             return DataLink(end, TcpGrant(*granted, peer_writes=writes))
         from llm_datadist.transports.hccl.end import data_link
 
-        return DataLink(*data_link(self._hccl, want_channel, on_close, private, granted, peer_writes=writes))
+        ends = data_link(self._hccl, want_channel, on_close, private, granted, peer_writes=writes, one_sided=one_sided)
+        return DataLink(*ends)
 
     def close(self, timeout_s: float) -> bool:
         """End the data servers; every grant was revoked before. Tells whether they have ended in time."""

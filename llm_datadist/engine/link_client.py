@@ -28,7 +28,7 @@ from llm_datadist.engine.network import Network
 from llm_datadist.engine.tcp_join import Joined, join
 from llm_datadist.roles import LLMRole
 from llm_datadist.status import LLMStatusCode, code_2_status
-from llm_datadist.transports import rendezvous, shared_memory, tcp
+from llm_datadist.transports import hccl, rendezvous, shared_memory, tcp
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -86,7 +86,7 @@ class LinkClient:
             LLM_LINK_FAILED, LLM_WAIT_PROCESS_TIMEOUT, or what the server says; LLM_PROCESSING_LINK: it is linking to
             this process at the same moment, and its link comes first. Nothing is left open.
         """
-        offers, reason = list(self._network.transports), ""
+        offers, reason = list(self._network.transports), self._network.reason
         while True:
             try:
                 accept = self._introduce(cluster, role, offers, reason, deadline)
@@ -171,7 +171,8 @@ class LinkClient:
 
     def _join_data_port(self, cluster: ClusterAddress, accept: Accept, deadline: float) -> Joined:
         host = accept.data_host or address_text(cluster.remote[0][0])
-        return join(self._loop, (host, accept.data_port), accept.token, self._grants, deadline)
+        one_sided = accept.transport == hccl.ONE_SIDED
+        return join(self._loop, (host, accept.data_port), accept.token, self._grants, deadline, one_sided=one_sided)
 
     def unlink(self, link: Link, deadline: float) -> LLMStatusCode:
         """Ask the server to take its side down, and tell what came of it.

@@ -195,7 +195,7 @@ class LinkServer:
         return not self._set_ups or len(self._set_ups) < min(MAX_SET_UPS, self._table.room())
 
     def _start(self, peer: bytes, hello: Hello, deadline: float) -> None:
-        choice = choose(hello, self._identity, self._network.transports)
+        choice = choose(hello, self._identity, self._network.transports, shortfall=self._network.reason)
         refusal = self._check(hello, choice)
         if refusal is not None:
             level = logging.DEBUG if refusal.code == LLMStatusCode.LLM_PROCESSING_LINK else logging.WARNING

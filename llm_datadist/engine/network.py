@@ -23,7 +23,11 @@ _OF_HOST = {
     shared_memory.NAME: (shared_memory.NAME,),
     tcp.NAME: (tcp.NAME,),
 }
-_OF_ASCEND = {AUTOMATIC: (hccl.NAME,), hccl.NAME: (hccl.NAME,)}
+_OF_ASCEND = {
+    AUTOMATIC: (hccl.NAME,),
+    hccl.NAME: (hccl.NAME,),
+    hccl.ONE_SIDED: (hccl.ONE_SIDED, hccl.NAME),
+}
 _CHECKSUMS = {"none": False, "crc32c": True}
 _MAX_PORT = 65535
 
@@ -36,6 +40,8 @@ class Network:
     ----------
     transports : tuple of str
         Names of the transports that may be used, best first.
+    reason : str
+        Why one that the settings ask for is not among them; empty if all are.
     data_ports : (int, int) or None
         First and last port that the data listener may take; None = any.
     data_address : str or None
@@ -45,13 +51,23 @@ class Network:
     """
 
     transports: tuple[str, ...] = _OF_HOST[AUTOMATIC]
+    reason: str = ""
     data_ports: tuple[int, int] | None = None
     data_address: str | None = None
     summed: bool = False
 
 
-def network(options: NetworkOptions, *, on_ascend: bool = False) -> Network:
+def network(options: NetworkOptions, *, on_ascend: bool = False, cache_manager: bool = False) -> Network:
     """Read the settings of an instance, whose caches are on the host or on an Ascend device.
+
+    Parameters
+    ----------
+    options : NetworkOptions
+        What the program has said.
+    on_ascend : bool
+        Whether caches are on an Ascend device.
+    cache_manager : bool
+        Whether the instance is in cache-manager mode.
 
     Raises
     ------
@@ -68,12 +84,27 @@ def network(options: NetworkOptions, *, on_ascend: bool = False) -> Network:
         raise invalid("init", f"{name} is {checksum!r}, should be one of {', '.join(_CHECKSUMS)}")
     ports, name = _setting(options.data_ports, DATA_PORTS)
     address, _ = _setting(options.data_address, DATA_ADDRESS)
+    transports, reason = possible[transport or AUTOMATIC], ""
+    if hccl.ONE_SIDED in transports:
+        reason = _why_not_one_sided(cache_manager)
     return Network(
-        transports=possible[transport or AUTOMATIC],
+        transports=tuple(each for each in transports if each != hccl.ONE_SIDED) if reason else transports,
+        reason=reason,
         data_ports=None if ports is None else _port_range(name, ports),
         data_address=None if address is None else interface_address(address) or address,
         summed=_CHECKSUMS[checksum or "none"],
     )
+
+
+def _why_not_one_sided(cache_manager: bool) -> str:
+    """Say why this process cannot have one-sided links; empty if it can."""
+    from llm_datadist.devices.ascend.detection import one_sided_links
+
+    if cache_manager:
+        return "links in cache-manager mode send and receive, since they also reach memory that is not in the pool"
+    if not one_sided_links():
+        return "the HCCL that is installed at one end has no one-sided transfers"
+    return ""
 
 
 def _setting(option: str | None, variable: str) -> tuple[str | None, str]:

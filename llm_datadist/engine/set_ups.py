@@ -16,7 +16,7 @@ from llm_datadist.control.messages import Hello
 from llm_datadist.engine.grants import Grants
 from llm_datadist.engine.link import Identity
 from llm_datadist.engine.transport_choice import Choice
-from llm_datadist.transports import rendezvous, shared_memory, tcp
+from llm_datadist.transports import hccl, rendezvous, shared_memory, tcp
 from llm_datadist.transports.base import End, Grant
 
 _log = logging.getLogger("llm_datadist.link")
@@ -104,7 +104,9 @@ class DataSetUp(SetUp):
         self.connection = connection
         tcp.tune(connection)  # so that the kernel notices a client that vanishes while nothing moves
         self._end, self.grant = grants.data_link(
-            lambda: ask_for_channel(connection), peer_writes=identity.cache_manager
+            lambda: ask_for_channel(connection),
+            peer_writes=identity.cache_manager,
+            one_sided=self.choice.transport == hccl.ONE_SIDED,
         )
         connection.send(rendezvous.GRANTED)
 

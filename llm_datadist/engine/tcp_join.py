@@ -31,7 +31,15 @@ class Joined(NamedTuple):
     connection: socket.socket
 
 
-def join(loop: ControlLoop, address: tuple[str, int], token: bytes, grants: Grants, deadline: float) -> Joined:
+def join(
+    loop: ControlLoop,
+    address: tuple[str, int],
+    token: bytes,
+    grants: Grants,
+    deadline: float,
+    *,
+    one_sided: bool = False,
+) -> Joined:
     """Make the connections of a link, up to the server's last word.
 
     Raises
@@ -41,7 +49,7 @@ def join(loop: ControlLoop, address: tuple[str, int], token: bytes, grants: Gran
         is left open.
     """
     dialer = Dialer(loop, address, token)
-    end, grant = grants.data_link(dialer.dial_forward, dialer.close, peer_writes=True)
+    end, grant = grants.data_link(dialer.dial_forward, dialer.close, peer_writes=True, one_sided=one_sided)
     connections: list[socket.socket] = []
     try:
         connection = tcp.connect(address, token, tcp.LINK, deadline)
