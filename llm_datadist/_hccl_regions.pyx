@@ -228,7 +228,7 @@ cdef class OneSidedCommunicator(Communicator):
 
     def destroy(self, uint64_t deadline_ns):
         """Unbind the memory and destroy the communicator; as of `llm_datadist._hccl.Communicator` otherwise."""
-        memory = self._bound  # stays registered until the communicator is gone
+        _memory = self._bound  # stays registered until the communicator is gone
         return self._unbind(deadline_ns) and self._destroy(deadline_ns)
 
     cdef bint _unbind(self, uint64_t deadline_ns) noexcept:
@@ -256,7 +256,7 @@ cdef class OneSidedCommunicator(Communicator):
         return True
 
     def __dealloc__(self):
-        cdef RegisteredMemory memory = self._bound  # stays registered until the communicator is gone
+        cdef RegisteredMemory _memory = self._bound  # stays registered until the communicator is gone
         cdef uint64_t deadline_ns = monotonic_ns() + LAST_TRY_NS
         if self._unbind(deadline_ns):
             self._destroy(deadline_ns)

@@ -22,10 +22,6 @@ def rank_table() -> str:
     return json.dumps({"version": "1.0", "status": "completed", "server_count": "1", "server_list": [server]})
 
 
-    def __init__(self, memory: Memory, offset: int, nbytes: int) -> None:
-        self.base, self.size = memory.base + offset, nbytes
-
-
 @on_simulator(MISUSE="error")
 def test_a_region_is_registered_once_and_no_other_may_overlap_it() -> None:
     device, other = Device(0), Device(1)
