@@ -235,11 +235,19 @@ cdef class Exchange:
         if not staged:
             return DONE
         with gil:
-            try:
-                self._staging = DeviceMemory(self.device, 2 * STEP_BYTES)
-                return DONE
-            except Exception:
-                return NO_MEMORY
+            return self._reserve_staging()
+
+    cdef Outcome _reserve_staging(self) noexcept:
+        """Take the staging buffer. Rank 1 asks for transfers without having the turn, so two threads may be in here."""
+        try:
+            staging = DeviceMemory(self.device, 2 * STEP_BYTES)
+        except Exception:
+            return NO_MEMORY
+        if self._staging is None:
+            self._staging = staging
+        else:
+            staging.close()  # the other thread was faster, and may be using its own already
+        return DONE
 
     cdef Outcome move(self, Row *row, bint sending, int fd, const Gate *gate) noexcept nogil:
         """Send or receive every byte; the turn must be held, and the peer does the opposite.
