@@ -519,10 +519,19 @@ cdef class Directory:
         """Forget the claims of a peer whose link is gone; they are revoked, so a living peer learns of it."""
         claims.revoke()
         self._claims.remove(claims)
+        self._close_claims_that_left()
         if claims.has_stopped:
             claims.close()
         else:
             self._leaving.append(claims)  # it sees the revocation within a millisecond, if it runs
+
+    def _close_claims_that_left(self):
+        """Close the claims of peers that touch no memory any more; the next look or the next lost link comes here."""
+        cdef Claims claims
+        for claims in list(self._leaving):
+            if claims.has_stopped:
+                self._leaving.remove(claims)
+                claims.close()
 
     def is_claimed(self, uint64_t cache_id):
         """Whether a linked peer reads that cache; all entries of the cache must be unpublished before."""
@@ -532,10 +541,8 @@ cdef class Directory:
         for claims in self._claims:
             if claims.holds(cache_id):
                 return True
-        for claims in list(self._leaving):
-            if claims.has_stopped:
-                self._leaving.remove(claims)
-                claims.close()
-            elif claims.holds(cache_id):
+        self._close_claims_that_left()
+        for claims in self._leaving:
+            if claims.holds(cache_id):
                 return True
         return False

@@ -204,7 +204,8 @@ class LinkServer:
             return
         set_up = self._new_set_up(hello, choice, deadline)
         self._set_ups[set_up.token] = set_up
-        self._loop.at(deadline, lambda: self._expire(set_up))
+        token = set_up.token  # alone: a link must not stay in memory until the time to make it is over
+        self._loop.at(deadline, lambda: self._expire(token))
         host, port = self._data_address
         accept = Accept(
             cluster_id=self._identity.cluster_id,
@@ -307,8 +308,9 @@ class LinkServer:
         self._end(set_up)
         set_up.say(rendezvous.LINKED)
 
-    def _expire(self, set_up: SetUp) -> None:
-        if set_up.token in self._set_ups:
+    def _expire(self, token: bytes) -> None:
+        set_up = self._set_ups.get(token)
+        if set_up is not None:
             self._abandon(set_up, "the client's timeout passed")
 
     def _abandon(self, set_up: SetUp, reason: str) -> None:
