@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -13,6 +12,7 @@ from multiprocessing import resource_tracker
 import pytest
 
 from llm_datadist.cluster.local import LocalGroup
+from tests.free_ports import free_ports
 from tests.leaks import resources
 from tests.member_ports import reserved_ports
 from tests.processes import Member
@@ -23,6 +23,9 @@ pytest_plugins = ["tests.hang_guard"]
 # tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Tests on a device say so. Else the simulator, once a test has loaded it, would be found by those of the host.
+os.environ["LLM_DATADIST_DEVICE"] = "host"
 
 LATE_CLOSE_S = 5.0  # for threads and peers that are on their way out when the test ends
 FAILED = pytest.StashKey[bool]()
@@ -54,19 +57,8 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def free_port() -> Iterator[Callable[[], int]]:
-    """Give ports of 127.0.0.1 on which nobody listens.
-
-    Each port stays bound, without listening, until the test ends: the kernel gives it to nobody else, while a server
-    that sets SO_REUSEADDR, as ZeroMQ does, can listen on it.
-    """
-    with contextlib.ExitStack() as held:
-
-        def take() -> int:
-            holder = held.enter_context(socket.socket())
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("127.0.0.1", 0))
-            return holder.getsockname()[1]
-
+    """Give ports of 127.0.0.1 on which nobody listens, until the test ends."""
+    with free_ports() as take:
         yield take
 
 

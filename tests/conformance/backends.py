@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llm_datadist.transports import private_memory
+from tests import simulated_devices
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ OVER_TCP = {"llm.Transport": "tcp"}
 BACKENDS = [
     Backend("host", "shared_memory", "shared_memory"),
     Backend("host", "tcp", "tcp", options=OVER_TCP),
+    # Most tests look into caches by `tensor_view`, so the simulator lets the host see the memory of its devices: a
+    # deviation from hardware, which `tests/integration/test_ascend_transfers.py` does without.
+    Backend("ascend", "hccl", "hccl", options=simulated_devices.OPTION),
 ]
 
 # Ways to memory that a program has registered: tensors that it has placed in the pool, and memory of its own.
@@ -45,4 +49,5 @@ MEMORY_BACKENDS = [
         for way in (private_memory.PROCESS_VM, private_memory.DATA_SERVER)
     ),
     Backend("host", "tcp-private", "tcp", private_memory.DATA_SERVER, options=OVER_TCP),
+    Backend("ascend", "hccl-private", "hccl", private_memory.DATA_SERVER, options=simulated_devices.OPTION),
 ]

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from llm_datadist import KvCacheManager, LLMDataDist, LLMRole
+from llm_datadist._acl import Device
 from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.v2.cache_manager import CacheManager
 from tests import datadist_member as dd
+from tests import simulated_devices
 from tests.conformance import registering
 from tests.conformance.backends import BACKENDS, MEMORY_BACKENDS, Backend
 from tests.conformance.expectations import LINKED
@@ -21,9 +23,15 @@ from tests.conformance.registering import Registered, RegisteringRemote
 from tests.conformance.remote import DECODER, PROMPT, Remote, link_to
 from tests.datadist_member import make_options
 from tests.processes import Member
+from tests.simulated_devices import DeviceMembers
 
 Start = Callable[..., LLMDataDist]
 StartRemote = Callable[..., Remote]
+
+
+POOL_BYTES = (
+    4 << 20
+)  # unless a test needs more: the simulator writes to all of a pool when it is reserved and given back
 
 
 class Linked(NamedTuple):
@@ -36,6 +44,7 @@ class Linked(NamedTuple):
 
 @pytest.fixture(scope="session", params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Backend:
+    use_device(request.param)
     return request.param
 
 
@@ -43,14 +52,42 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def process() -> Iterator[Member]:
     """A process for the peer of a test."""
     with LocalGroup() as group:
-        yield Member(group, "peer")
+        yield DeviceMembers(group, 2, simulated_devices.HOST_VISIBLE)("peer")
 
 
 @pytest.fixture(scope="session")
 def more_processes() -> Iterator[list[Member]]:
     """Two more, for tests with several peers."""
     with LocalGroup() as group:
-        yield [Member(group, "second peer"), Member(group, "third peer")]
+        start = DeviceMembers(group, 3, simulated_devices.HOST_VISIBLE)
+        yield [start("second peer"), start("third peer")]
+
+
+@pytest.fixture
+def members() -> Iterator[DeviceMembers]:
+    """Start processes by name; they end with the test."""
+    with LocalGroup() as group:
+        yield DeviceMembers(group, 5, simulated_devices.HOST_VISIBLE)
+
+
+def set_variables(patch: pytest.MonkeyPatch) -> None:
+    for name, value in {**simulated_devices.variables(0, 1), **simulated_devices.HOST_VISIBLE}.items():
+        patch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process use two devices of the simulator, if a test asks for that."""
+    set_variables(monkeypatch)
+
+
+def use_device(chosen: Backend) -> None:
+    """Have what the simulator keeps for good in a process before a test looks at what it leaves behind."""
+    if chosen.device == "ascend":
+        with pytest.MonkeyPatch.context() as patch:
+            set_variables(patch)
+            for device_id in range(2):
+                Device(device_id).close()
 
 
 @pytest.fixture
@@ -59,6 +96,7 @@ def options(backend: Backend, free_port: Callable[[], int]) -> Callable[..., dic
 
     def make(role: LLMRole, changes: dict[str, str | None] | None = None, **keywords: Any) -> dict[str, str]:
         port = free_port() if role is LLMRole.PROMPT else None
+        keywords.setdefault("pool_bytes", POOL_BYTES)
         made = {**make_options(role, port=port, **keywords), **backend.options, **(changes or {})}
         return {key: value for key, value in made.items() if value is not None}
 
@@ -92,6 +130,7 @@ def start_remote(backend: Backend, free_port: Callable[[], int]) -> Iterator[Sta
 
         def start_one(member: Member, role: LLMRole, cluster_id: int, **keywords: Any) -> Remote:
             port = keywords.pop("port", None) or (free_port() if role is LLMRole.PROMPT else None)
+            keywords.setdefault("pool_bytes", POOL_BYTES)
             keywords["ge_options"] = {**backend.options, **keywords.get("ge_options", {})}
             remote = Remote(member, role, cluster_id, port, **keywords)
             started.callback(remote.finalize)
@@ -142,6 +181,7 @@ def serving(process: Member, options: Callable[..., dict[str, str]], start_remot
 @pytest.fixture(scope="session", params=MEMORY_BACKENDS, ids=str)
 def memory(request: pytest.FixtureRequest) -> Backend:
     """The way to registered memory, for tests that move bytes of it."""
+    use_device(request.param)
     return request.param
 
 

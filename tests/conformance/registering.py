@@ -6,8 +6,10 @@ The functions with a state are for `Member.call`. Tensors are NumPy arrays of by
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from llm_datadist import (
     LLMRole,
     Placement,
 )
+from llm_datadist._acl import Device, DeviceMemory
 from llm_datadist.pool_tensors import allocate_tensor
 from tests.conformance.backends import Backend
 from tests.conformance.expectations import outcome
@@ -54,7 +57,7 @@ def make_options(
     port: int | None = None,
     sync_kv_timeout: int = 5000,
     remote_access: bool = False,
-    device_pool: int = 64 * MIB,
+    device_pool: int = 4 * MIB,
     host_pool: int = 0,
 ) -> dict[str, str]:
     """Options of `LLMDataDist.init`; with a port the instance listens."""
@@ -88,6 +91,8 @@ def register(
     """Register fresh tensors with the bytes of a seed, or with sentinels; with `blocks` or a key as a blocks cache."""
     if backend.private is None:
         arrays = [allocate_tensor(datadist, shape, DataType.DT_UINT8).numpy() for _ in range(tensors)]
+    elif backend.device == "ascend" and placement is Placement.DEVICE:
+        arrays = [on_device(shape) for _ in range(tensors)]
     else:
         arrays = [np.empty(shape, np.uint8) for _ in range(tensors)]
     for index, array in enumerate(arrays):
@@ -99,6 +104,15 @@ def register(
     else:
         cache = manager.register_cache(desc, addresses, list(keys), accessible)
     return Registered(cache, arrays)
+
+
+def on_device(shape: tuple[int, int]) -> np.ndarray:
+    """Take memory of the device that lives as long as the array, which looks into it as the simulator allows."""
+    device = Device(0)
+    memory = DeviceMemory(device, shape[0] * shape[1])
+    seen = (ctypes.c_uint8 * memory.size).from_address(memory.address)
+    weakref.finalize(seen, lambda: (memory.close(), device.close())).atexit = False
+    return np.frombuffer(seen, np.uint8, shape[0] * shape[1]).reshape(shape)
 
 
 # ---- in the other process

@@ -128,10 +128,10 @@ def test_C247_a_local_address_is_needed(datadist: LLMDataDist, remote: Registeri
     assert datadist.unlink_clusters([info]) == LINKED
 
 
-def test_C247_unless_the_process_is_described(remote: RegisteringRemote) -> None:
+def test_C247_unless_the_process_is_described(remote: RegisteringRemote, backend: Backend) -> None:
     datadist = LLMDataDist(MIX, DECODER)
     resources = json.dumps({"version": "1.2", "server_list": []})
-    datadist.init({**registering.make_options(remote_access=True), "llm.LocalCommRes": resources})
+    datadist.init({**registering.make_options(remote_access=True), **backend.options, "llm.LocalCommRes": resources})
     try:
         assert datadist.link_clusters([without_local_address(remote)]) == LINKED
         assert_pulls(datadist.cache_manager, datadist, remote)

@@ -179,7 +179,7 @@ def test_C241_arguments(link_registering: Link, remote_access: bool) -> None:
 
 
 def test_C241_a_timeout_leaves_the_link_usable(link_registering: Link) -> None:
-    linked = link_registering(sync_kv_timeout=5)
+    linked = link_registering(sync_kv_timeout=5, device_pool=8 * MIB)
     times, shape = 512, (1, 4 * MIB)  # more than any memory moves in the time
     there = There(linked.peer.call(registering.register_one_tensor_many_times, times, shape))
     one = linked.register(1, shape)
@@ -281,7 +281,7 @@ def test_C242_layers_of_blocks(link_registering: Link) -> None:
 
 def test_C242_random_tables_of_blocks(link_registering: Link) -> None:
     """Block sizes, numbers of blocks and layers of every kind; neighbours are as likely as blocks far apart."""
-    linked, choice = link_registering(remote_access=True), random.Random(242)
+    linked, choice = link_registering(remote_access=True, device_pool=64 * MIB), random.Random(242)
     for model_id in range(40):
         blocks, nbytes, tensors = (
             choice.randint(1, 80),
