@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 
 import torch
 
 from llm_datadist import CacheDesc, DataType
+from llm_datadist._acl import Device, DeviceMemory
+from llm_datadist.engine.device_choice import VARIABLE
+from llm_datadist.torch_tensors import create_cpu_tensors
 from tests.datadist_member import payload
 
 torch.set_num_threads(1)  # a process here is one of several on few cores
@@ -25,6 +30,8 @@ Origin = tuple[int, int]
 class KvTensors:
     """Tensors of the same shape; dimension 0 counts the blocks. At first all bytes are zero.
 
+    They lie in memory of the host, or of a simulated device if `LLM_DATADIST_DEVICE` says so.
+
     Parameters
     ----------
     count : int
@@ -36,8 +43,23 @@ class KvTensors:
     """
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.tensors = [torch.zeros(shape, dtype=dtype) for _ in range(count)]
+        self._memory: DeviceMemory | None = None
+        if os.environ.get(VARIABLE) == "simulator":
+            self.tensors = self._on_device(count, shape, dtype)
+        else:
+            self.tensors = [torch.zeros(shape, dtype=dtype) for _ in range(count)]
         self.desc = CacheDesc(count, self.tensors[0].shape, DATA_TYPES[dtype])
+
+    def _on_device(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Take one piece of memory, as the caching allocator of a framework does; the tensors see it as host memory."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        step = nbytes + -nbytes % 512
+        self._memory = DeviceMemory(Device(0), count * step)
+        addresses = [self._memory.address + index * step for index in range(count)]
+        tensors = create_cpu_tensors(shape, dtype, addresses)
+        for tensor in tensors:
+            tensor.zero_()
+        return tensors
 
     @property
     def addresses(self) -> list[int]:

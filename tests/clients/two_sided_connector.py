@@ -53,7 +53,7 @@ class TwoSidedConnector:
     role : LLMRole
         PROMPT serves its metadata, DECODER asks for that of others.
     cluster_id, device_id : int
-        Of this process.
+        Of this process, as others know them.
     caches : list of KvTensors
         Registered under the model ids 0, 1, ...
     sync_kv_timeout : int
@@ -64,7 +64,7 @@ class TwoSidedConnector:
         self, role: LLMRole, cluster_id: int, device_id: int, caches: list[KvTensors], sync_kv_timeout: int = 5000
     ) -> None:
         config = LLMConfig()
-        config.device_id = device_id
+        config.device_id = 0  # the only one that this process sees; the rank table has its number on the server
         config.sync_kv_timeout = sync_kv_timeout
         config.enable_switch_role = True
         config.enable_cache_manager = True
