@@ -17,6 +17,7 @@ from llm_datadist.tools.check.side import HOST, Done, Failed, serve
 HOST_MEMORY, ASCEND, SIMULATOR, AUTOMATIC = "host", "ascend", "simulator", "auto"
 
 _OF_DEADLINE = 0.75  # what a call of the library gets, so that it can say what is wrong before the step is over
+_START_S = 60.0  # for an interpreter to start on a busy machine; it touches no device
 _STOP_S = 2.0
 _NOTES_S = 2.0
 _FIRST, _SECOND = "first", "second"
@@ -113,6 +114,7 @@ class _Check:
         self._group = group
         self._begin_step = begin_step
         self._sides: dict[str, LocalWorker] = {}
+        self._limit_s = 0.0  # of the step
         self._deadline = 0.0
 
     def run(self) -> None:
@@ -120,7 +122,7 @@ class _Check:
         nbytes, plan = self._plan.nbytes, self._plan
         size = f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes} bytes"
         with _free_port() as port:
-            self._step("first process", lambda: self._start(_FIRST))
+            self._step("first process", lambda: self._start(_FIRST), _START_S)
             self._look()
             cache_id = self._step("allocate", lambda: self._open(_FIRST, plan.device_id, port))
             self._measure("host to device", nbytes, size, lambda: self._ask(_FIRST, "copy_in", 1))
@@ -135,7 +137,8 @@ class _Check:
 
     def _check_link(self, port: int, cache_id: int, size: str, block_bytes: int, blocks: str) -> None:
         nbytes = self._plan.nbytes
-        self._step("second process", lambda: self._start_second(port))
+        device_id = self._step("second process", self._start_second, _START_S)
+        self._step("second device", lambda: self._open_second(device_id, port))
         self._step("link", lambda: self._link(port))
         self._step("fill caches", lambda: self._ask(_FIRST, "fill", 3))
         self._measure("pull_cache", nbytes, size, lambda: self._ask(_SECOND, "pull", 3, cache_id))
@@ -148,7 +151,7 @@ class _Check:
         """Give what the library said in the processes that still answer."""
         notes = []
         for name in list(self._sides):
-            self._deadline = time.monotonic() + _NOTES_S
+            self._set_limit(_NOTES_S)
             with contextlib.suppress(_StepFailed):
                 notes += [f"{name} process: {line}" for line in self._ask(name, "notes")]
         return notes
@@ -181,9 +184,12 @@ class _Check:
         self._sides[name] = self._group.start(name, serve, timeout_ms)
         self._ask(name, "notes")
 
-    def _start_second(self, port: int) -> None:
+    def _start_second(self) -> int:
         device_id = self._peer_device_id()
         self._start(_SECOND)
+        return device_id
+
+    def _open_second(self, device_id: int, port: int) -> None:
         if self._result.kind != HOST_MEMORY:
             self._result.devices[device_id] = self._ask(_SECOND, "device", device_id)
         self._open(_SECOND, device_id, port)
@@ -232,11 +238,11 @@ class _Check:
 
         self._step(name, measured)
 
-    def _step(self, name: str, run: Callable[[], Any]) -> Any:
+    def _step(self, name: str, run: Callable[[], Any], least_s: float = 0.0) -> Any:
         """Take a step and note it; a text that it gives is its detail, with a number the speed."""
         self._begin_step(name)
         started = time.monotonic()
-        self._deadline = started + self._plan.timeout_s
+        self._set_limit(max(least_s, self._plan.timeout_s))
         try:
             answer = run()
         except _StepFailed as failure:
@@ -249,6 +255,9 @@ class _Check:
             detail = answer
         self._result.steps.append(Step(name, time.monotonic() - started, detail, speed))
         return answer
+
+    def _set_limit(self, seconds: float) -> None:
+        self._limit_s, self._deadline = seconds, time.monotonic() + seconds
 
     def _ask(self, name: str, *order: Any) -> Any:
         worker = self._sides[name]
@@ -269,7 +278,7 @@ class _Check:
     def _out_of_time(self, name: str, worker: LocalWorker) -> str:
         self._sides.pop(name)
         worker.kill()
-        return f"the {name} process did not answer within the {self._plan.timeout_s:g} s of a step, and was killed"
+        return f"the {name} process did not answer within the {self._limit_s:g} s of a step, and was killed"
 
 
 def _how(status: int | None) -> str:
