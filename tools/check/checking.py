@@ -208,7 +208,7 @@ class _Check:
         if software is not None and software.no_links:
             raise _StepFailed(software.no_links)
         transport: str = self._ask(_SECOND, "link", port)
-        if self._result.kind != HOST_MEMORY and transport != "hccl":
+        if self._result.kind != HOST_MEMORY and not transport.startswith("hccl"):
             raise _StepFailed(f"the link is over {transport}, should be over hccl")
         return f"over {transport}"
 
