@@ -27,6 +27,5 @@ cdef class HcclPeer(TcpPeer):
 cdef class HcclServer(TcpServer):
     cdef readonly Exchange exchange
 
-    cdef Outcome _may_move(self, const Row *row) noexcept nogil
     cdef bint _move_row(self, int fd, Work *work, Row *row, bint sending) noexcept nogil
     cdef void _tell_failure(self) noexcept nogil

@@ -136,10 +136,8 @@ cdef class HcclPeer(TcpPeer):
         if not self.exchange.is_ready() or first != (self.exchange.rank == 0):
             outcome[0] = NO_COMMUNICATOR
         else:
-            outcome[0] = self.exchange.make_room(&row)
-            if outcome[0] == DONE:
-                outcome[0] = TIMED_OUT
-                end = self._exchange(fd, transfer, &row, outcome, answered, sending, not first)
+            outcome[0] = TIMED_OUT
+            end = self._exchange(fd, transfer, &row, outcome, answered, sending, not first)
         if first:
             self.exchange.give_turn()
         return end
@@ -237,17 +235,15 @@ cdef class HcclServer(TcpServer):
 
     cdef bint _send_pull(self, int fd, Pull *pull, Work *work) noexcept nogil:
         cdef Row row
-        cdef Outcome outcome
         cdef bint goes_on
         start_row(&row, work.tensors, work.request.tensors, work.ranges, work.num_ranges, _unit(&work.request))
         if not self.exchange.take_turn(&work.gate):
             self._end(pull, REVOKED)
             return False
-        outcome = self._may_move(&row)
-        if outcome != DONE:
+        if not self.exchange.is_ready():
             self.exchange.give_turn()
-            self._end(pull, outcome)
-            return send_reply(fd, outcome, &pull.found.entry, &work.gate)
+            self._end(pull, NO_COMMUNICATOR)
+            return send_reply(fd, NO_COMMUNICATOR, &pull.found.entry, &work.gate)
         goes_on = send_reply(fd, DONE, &pull.found.entry, &work.gate)
         if goes_on:
             goes_on = self._move_row(fd, work, &row, True)
@@ -264,7 +260,7 @@ cdef class HcclServer(TcpServer):
         start_row(&row, work.tensors, work.request.tensors, work.ranges, work.num_ranges, _unit(&work.request))
         if not self.exchange.take_turn(&work.gate):
             return False
-        outcome[0] = self._may_move(&row)
+        outcome[0] = DONE if self.exchange.is_ready() else NO_COMMUNICATOR
         goes_on = True
         if outcome[0] == DONE:
             memset(&nothing, 0, sizeof(DirectoryEntry))
@@ -276,9 +272,6 @@ cdef class HcclServer(TcpServer):
 
     cdef bint _refuse_push(self, int fd, const Work *work) noexcept nogil:
         return True  # nothing is under way
-
-    cdef Outcome _may_move(self, const Row *row) noexcept nogil:
-        return self.exchange.make_room(row) if self.exchange.is_ready() else NO_COMMUNICATOR
 
     cdef bint _move_row(self, int fd, Work *work, Row *row, bint sending) noexcept nogil:
         cdef Outcome moved = self.exchange.move(row, sending, fd, &work.gate)

@@ -88,8 +88,6 @@ cdef class Exchange:
     cdef bint take_turn(self, const Gate *gate) noexcept nogil
     cdef void give_turn(self) noexcept nogil
     cdef void lose(self) noexcept nogil
-    cdef Outcome make_room(self, const Row *row) noexcept nogil
-    cdef Outcome _reserve_staging(self) noexcept
     cdef Outcome move(self, Row *row, bint sending, int fd, const Gate *gate) noexcept nogil
     cdef Outcome _post_all(self, Row *row, bint sending, const Gate *gate) noexcept nogil
     cdef Outcome _staged_step(

@@ -88,6 +88,8 @@ cdef class Exchange:
         """What went wrong last, as an exception; None if nothing did."""
         if self._failure.function == NULL:
             return None
+        if self._failure.code == ACL_SUCCESS:
+            return ConnectionError("the peer has given the transfer up, its log says why")
         return hccl_failure_error(&self._failure) if self._of_hccl else failure_error(&self._failure)
 
     def adopt(self, Communicator communicator not None, bint batched):
@@ -103,10 +105,13 @@ cdef class Exchange:
         Raises
         ------
         AclError
-            There is no stream or event; the communicator stays the caller's.
+            There is no stream, no event, or no device memory for the staging buffer, which stays for the communicators
+            that follow: a transfer must not wait for the interpreter to get it. The communicator stays the caller's.
         """
         owned = []
         try:
+            if self._staging is None:
+                self._staging = DeviceMemory(self.device, 2 * STEP_BYTES)
             owned.append(Stream(self.device))
             owned.append(Stream(self.device))
             owned.append(Half(self.device, 0))
@@ -124,7 +129,7 @@ cdef class Exchange:
         """Let transfers run: the communicator is warm."""
         exchange(&self._ready, 1)
 
-    def warm_up(self, DeviceMemory scratch not None, uint64_t deadline_ns):
+    def warm_up(self, uint64_t deadline_ns):
         """Meet the peer, which does the same: the first operation of each direction waits for it inside the call.
 
         Raises
@@ -145,7 +150,7 @@ cdef class Exchange:
         with nogil:
             step.num_items, step.nbytes, step.staged = 1, WARM_UP_BYTES, False
             step.items[0].offset, step.items[0].nbytes = 0, WARM_UP_BYTES
-            step.items[0].address = scratch.base
+            step.items[0].address = self._staging.base  # nothing is in it yet
             for operation in range(2):
                 if outcome == DONE:
                     outcome = self._post(&step, 0, operation == self.rank)
@@ -217,37 +222,6 @@ cdef class Exchange:
         exchange(&self._turn, 0)
 
     # ---- a transfer
-
-    cdef Outcome make_room(self, const Row *row) noexcept nogil:
-        """Have the staging buffer if the transfer needs it; before the peer posts anything."""
-        cdef Row ahead = row[0]
-        cdef Step step
-        cdef Scope scope
-        cdef bint staged = False
-        if self._staging is not None or row.left == 0:
-            return DONE
-        if self.device.enter(&scope) != ACL_SUCCESS:
-            return DEVICE_FAILED
-        while ahead.left != 0 and not staged:
-            self._plan_step(&ahead, &step)
-            staged = step.staged
-        self.device.leave(&scope)
-        if not staged:
-            return DONE
-        with gil:
-            return self._reserve_staging()
-
-    cdef Outcome _reserve_staging(self) noexcept:
-        """Take the staging buffer. Rank 1 asks for transfers without having the turn, so two threads may be in here."""
-        try:
-            staging = DeviceMemory(self.device, 2 * STEP_BYTES)
-        except Exception:
-            return NO_MEMORY
-        if self._staging is None:
-            self._staging = staging
-        else:
-            staging.close()  # the other thread was faster, and may be using its own already
-        return DONE
 
     cdef Outcome move(self, Row *row, bint sending, int fd, const Gate *gate) noexcept nogil:
         """Send or receive every byte; the turn must be held, and the peer does the opposite.
@@ -348,7 +322,7 @@ cdef class Exchange:
     cdef Outcome _post(self, const Step *step, uint64_t offset, bint sending) noexcept nogil:
         """Hand the operations of a step to HCCL; `offset` is that of the half which its staged items go through."""
         cdef HcclSendRecvItem items[MAX_ITEMS]
-        cdef uint64_t staging = self._staging.base + offset if self._staging is not None else 0
+        cdef uint64_t staging = self._staging.base + offset
         cdef HcclResult code = HCCL_SUCCESS
         cdef uint64_t i, address
         for i in range(step.num_items):
@@ -451,7 +425,7 @@ cdef class Exchange:
             if stopped(gate) or monotonic_ns() >= gate.deadline_ns:
                 return TIMED_OUT
             if fd >= 0 and recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0:
-                return self._failed("the peer has given the transfer up", ACL_SUCCESS)
+                return self._failed("the peer", ACL_SUCCESS)
 
     cdef Outcome _failed(self, const char *function, int code) noexcept nogil:
         self._of_hccl = False

@@ -1,4 +1,4 @@
-"""What all links over HCCL of one device share: settings, memory, a thread that takes communicators down."""
+"""What all links over HCCL of one device share: settings, registered memory, a thread that takes communicators down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from llm_datadist import _acl, _hccl
-from llm_datadist._acl import Device, DeviceMemory
+from llm_datadist._acl import Device
 from llm_datadist._hccl_exchange import Exchange
 from llm_datadist._hccl_gets import OneSidedExchange
 from llm_datadist._hccl_regions import RegisteredMemory
@@ -87,7 +87,6 @@ class HcclDevice:
         self.version = _acl.version_of("runtime") or ""
         self.connect_seconds = _connect_seconds()
         self._pool = pool
-        self._scratch: DeviceMemory | None = None
         self._registered: RegisteredMemory | None = None
         self._registering = threading.Lock()  # HCCL may take its time
         self._batched: bool | None = None
@@ -101,14 +100,6 @@ class HcclDevice:
         if self._batched is None:
             self._batched = _hccl.batched()
         return self._batched
-
-    @property
-    def scratch(self) -> DeviceMemory:
-        """Memory whose contents do not matter, for the first operations of a communicator."""
-        with self._changed:
-            if self._scratch is None:
-                self._scratch = DeviceMemory(self.device, 1)
-            return self._scratch
 
     @property
     def registered(self) -> RegisteredMemory:
@@ -182,11 +173,8 @@ class HcclDevice:
                     _log.error("%d communicators were not taken down within %s s", self._living, timeout_s)
                     return False
                 self._changed.wait(left)
-            scratch, self._scratch = self._scratch, None
         with self._registering:
             registered, self._registered = self._registered, None
-        if scratch is not None:
-            scratch.close()
         return registered is None or _take_back(registered)
 
 

@@ -74,4 +74,4 @@ class TwoSided:
         except BaseException:
             communicator.destroy(int(deadline * 1e9))
             raise
-        self._exchange.warm_up(self._hccl.scratch, int(deadline * 1e9))
+        self._exchange.warm_up(int(deadline * 1e9))
