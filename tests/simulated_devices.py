@@ -33,6 +33,8 @@ def variables(*devices: int, **knobs: object) -> dict[str, str]:
         "LLMDD_SIM_WORLD": _WORLD,
         "LLMDD_SIM_DEVICES": str(_DEVICES),
         "LLMDD_SIM_SETDEVICE_MS": "0",
+        # HCCL's minute for an operation becomes six seconds, which is still longer than a transfer may take.
+        "LLMDD_SIM_TIME_SCALE": "0.1",
         **{f"LLMDD_SIM_{name}": str(value) for name, value in knobs.items()},
     }
 
