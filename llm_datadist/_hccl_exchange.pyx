@@ -26,7 +26,7 @@ from llm_datadist._hccl cimport (
     HCCL_DATA_TYPE_UINT8, HCCL_RECV, HCCL_SEND, HCCL_SUCCESS, Communicator, HcclResult, HcclSendRecvItem,
     hccl_failure_error, hccl_functions, note_hccl_failure,
 )
-from llm_datadist._outcome cimport DEVICE_FAILED, DONE, NO_MEMORY, TIMED_OUT, Outcome
+from llm_datadist._outcome cimport DEVICE_FAILED, DONE, TIMED_OUT, Outcome
 from llm_datadist._segment cimport Memory
 from llm_datadist._stream cimport Range
 
