@@ -118,9 +118,15 @@ class Maker:
                 if on_end is not None and not self._running:
                     on_end()
                 return
+            thread = threading.Thread(target=self._run, args=(on_end,), name=THREAD_NAME, daemon=True)
             self._running, self._error = True, None
             self._hold()
-            threading.Thread(target=self._run, args=(on_end,), name=THREAD_NAME, daemon=True).start()
+            try:
+                thread.start()
+            except RuntimeError:  # the process may have no more of them
+                self._running = False
+                self._let_go()
+                raise
 
     def want(self, deadline_ns: int) -> bool:
         """Have a communicator made, and wait for it; tells whether there is one at the deadline.
@@ -236,7 +242,12 @@ class Maker:
         talk = _Talk(descriptor, deadline, self._is_over)
         self._hold()
         thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            slot.release()
+            self._let_go()
+            raise
         while thread.is_alive() and not self._end.is_over:
             thread.join(_LOOK_SECONDS)
         return ended == [True]
