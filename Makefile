@@ -9,7 +9,7 @@ NATIVE := $(wildcard llm_datadist/*.pyx llm_datadist/*.pxd llm_datadist/include/
 SOURCES := llm_datadist llm_datadist_v1 cluster tools examples tests benchmarks docs setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites setup demo test lint typecheck format compose-test conformance docs bench bench-peers wheel clean
+.PHONY: help prerequisites setup demo test lint typecheck format compose-test conformance coverage sanitize docs bench bench-peers wheel clean
 
 help:
 	@echo "make demo     a real model answers across two processes (options: make demo ARGS='--mode blocks')"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs     the user guide, in build/docs"
 	@echo "make compose-test   a cluster of containers at work, with deaths; needs Docker, or root to start a daemon"
 	@echo "make conformance   the tests of the documented interface, line by line, and docs/conformance.md"
+	@echo "make coverage, make sanitize   the tests of Ascend with counted lines, and under the sanitizers of gcc"
 	@echo "make bench    the benchmarks (options: make bench ARGS='--only pulls'); with others once there are peers"
 	@echo "make bench-peers   the environment of NIXL and Mooncake, in build/peers"
 	@echo "make wheel    wheel and source distribution in dist/"
@@ -83,6 +84,15 @@ conformance: setup
 	mkdir -p build
 	-OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/conformance --junit-xml build/conformance.xml $(ARGS)
 	$(BIN)/python -m tests.conformance.report build/conformance.xml docs/conformance.md
+
+# Of the Ascend code, on the simulator; the native modules are compiled anew in build/.
+coverage: setup
+	$(REQUIRE_PACKAGE) "coverage>=7"
+	$(BIN)/python -m tests.instrumented coverage $(ARGS)
+
+sanitize: setup
+	$(BIN)/python -m tests.instrumented address $(ARGS)
+	$(BIN)/python -m tests.instrumented thread $(ARGS)
 
 docs: setup
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
