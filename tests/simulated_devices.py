@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 
 from llm_datadist.cluster.local import LocalGroup
 from tests.ascend_simulator import build
+from tests.instrumented import SANITIZER
 from tests.processes import Member, serve
 
 OPTION = {"llm.DeviceBackend": "simulator"}
@@ -26,7 +27,7 @@ _LIBRARIES = ("ACL", "HCOMM", "HCCL")
 
 def variables(*devices: int, **knobs: object) -> dict[str, str]:
     """Give the environment of a process that sees these devices of the simulator; `knobs` stand without LLMDD_SIM_."""
-    library = str(build.library())
+    library = str(build.library("", SANITIZER))
     return {
         **{f"LLM_DATADIST_{name}_LIBRARY": library for name in _LIBRARIES},
         "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, devices)),
