@@ -91,6 +91,7 @@ coverage: setup
 	$(BIN)/python -m tests.instrumented coverage $(ARGS)
 
 sanitize: setup
+	LLM_DATADIST_SANITIZE=1 $(BIN)/python -m pytest -q tests/ascend_simulator/test_sanitizers.py
 	$(BIN)/python -m tests.instrumented address $(ARGS)
 	$(BIN)/python -m tests.instrumented thread $(ARGS)
 

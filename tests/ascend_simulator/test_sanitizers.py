@@ -11,6 +11,7 @@ import pytest
 from tests.ascend_simulator import build
 
 
+@pytest.mark.skipif(not os.environ.get("LLM_DATADIST_SANITIZE"), reason="compiled anew for it; make sanitize runs it")
 @pytest.mark.timeout(300)  # compiles the library, on a machine that may be busy
 @pytest.mark.parametrize("sanitize", ["thread", "address"])
 @pytest.mark.skipif("SANITIZE" in os.environ, reason="everything runs under a sanitizer already")

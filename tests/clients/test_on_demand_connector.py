@@ -15,6 +15,9 @@ from tests.clients.kv_tensors import Origin, mha
 from tests.clients.on_demand_connector import OnDemandConnector
 from tests.processes import Call, Member
 
+# What becomes of a link between devices when a process dies is looked at in tests/faults: starting torch takes long.
+ON_HOST = pytest.mark.parametrize("device", ["host"], indirect=True)
+
 BLOCKS = 32
 PROMPT, DECODER = 1, 2
 
@@ -95,6 +98,7 @@ def test_the_first_request_links(start: Start, free_port: Callable[[], int]) -> 
     prompt.call(close)
 
 
+@ON_HOST
 def test_the_remote_is_killed_and_comes_back(start: Start, free_port: Callable[[], int]) -> None:
     """Requests that arrive while it is away wait for it; it has the same port, and other contents."""
     port = free_port()
@@ -114,6 +118,7 @@ def test_the_remote_is_killed_and_comes_back(start: Start, free_port: Callable[[
     prompt.call(close)
 
 
+@ON_HOST
 def test_the_one_that_pulls_is_killed_and_comes_back(start: Start, free_port: Callable[[], int]) -> None:
     """It has the same cluster id, while the prompt may still hold its old link; and the prompt pulls from it too."""
     ports = free_port(), free_port()

@@ -19,6 +19,9 @@ from tests.clients.two_sided_connector import TwoSidedConnector
 from tests.processes import Call, Member
 
 LAYERS, BLOCKS = 4, 24
+# What becomes of a link between devices when a process dies is looked at in tests/faults: starting torch takes long.
+ON_HOST = pytest.mark.parametrize("device", ["host"], indirect=True)
+
 LAYOUTS = {"mha": mha, "mla": mla}
 FIRST = 2**63  # cluster ids use all of their bits
 DEADLINE_S = 20.0
@@ -133,6 +136,7 @@ def test_decoders_pull_from_prefills(crew: list[Member], free_port: Callable[[],
     deployment.stop()
 
 
+@ON_HOST
 def test_a_prefill_restarts(deploy: Deploy) -> None:
     """It is killed, and comes back with other contents at the same port; the decoders link anew by themselves."""
     deployment = deploy("mla", 1, 2)

@@ -159,7 +159,7 @@ class Linked:
         assert_nothing_lives()
 
 
-def pulls_work(linked: Linked, seconds: float = 10.0) -> bool:
+def pulls_work(linked: Linked, seconds: float = 20.0) -> bool:
     """Pull until it works: a communicator that was lost is made anew, which may take longer than one pull."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
@@ -313,7 +313,7 @@ def decoder_of_a_failing_push(peer: Connection) -> None:
     code, text, seconds = linked.ask("push", addresses)
     assert code in (LLMStatusCode.LLM_FAILED, TIMEOUT), text
     assert seconds < TIMEOUT_S + LITTLE_S
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + 20
     while code is not OK and time.monotonic() < give_up:
         code, text, _ = linked.ask("push", addresses)
     assert code is OK, text
