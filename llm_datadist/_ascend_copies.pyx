@@ -145,11 +145,12 @@ cdef class AscendCopier(LocalCopier):
             outcome = self._carry_on(lane, plan, in_order, gate, failure, lost)
             sound = outcome == COPIED
         finally:
-            # A lane on which something went wrong is not used again: whether its stream and its events still work is not
-            # known. It goes with the last reference; one that could not be aborted must not go at all.
+            # A lane on which something went wrong is not used again: whether its stream and its events still work is
+            # not known. It goes with the last reference; one that could not be aborted must not go at all.
             if lost[0]:
                 Py_INCREF(lane)
-                _log.error("a copy on device %d cannot be aborted; its memory is not used again", self.device.device_id)
+                self.device.lost = True
+                _log.error("a copy on device %d cannot be aborted; its memory stays taken", self.device.device_id)
             elif sound:
                 self._idle.append(lane)
             self._room.release()

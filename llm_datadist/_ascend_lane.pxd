@@ -59,8 +59,8 @@ cdef class Lane:
     # Says how each tensor goes; gives whether a buffer is needed.
     cdef int find_ways(self, const Plan *plan, uint8_t *ways, bint *bounced) except -1
     cdef int make_buffers(self) except -1
-    # Carries a plan out. After anything but COPIED the lane is of no more use; COPY_FAULT fills `failure`. `lost` becomes
-    # true if tasks could not be ended: then what they touch must stay as it is, and the lane too.
+    # Carries a plan out. After anything but COPIED the lane is of no more use; COPY_FAULT fills `failure`. `lost`
+    # becomes true if tasks could not be ended: then what they touch must stay as it is, and the lane too.
     cdef CopyOutcome carry(
         self, const Plan *plan, const uint8_t *ways, bint in_order, uint64_t threads, const Gate *gate,
         AclFailure *failure, bint *lost,

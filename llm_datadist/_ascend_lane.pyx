@@ -1,8 +1,8 @@
 """One copy at a time between memories of which an Ascend device has at least one.
 
-A lane is a stream: what is enqueued on it takes effect in order, so runs that must follow each other do. Memory of the
-host that is not pinned goes through two buffers that are; while the device copies one of them, the host fills or empties
-the other. (Given to the runtime as it is, such memory would make each call wait, without a limit.)
+A lane is a stream: what is enqueued on it takes effect in order, so runs that must follow each other do. Memory of
+the host that is not pinned goes through two buffers that are; while the device copies one of them, the host fills or
+empties the other. (Given to the runtime as it is, such memory would make each call wait, without a limit.)
 
 A copy that does not end in time is aborted before anybody may touch its memory again.
 """
@@ -18,7 +18,7 @@ from llm_datadist._acl cimport (
 )
 from llm_datadist._atomics cimport monotonic_ns
 from llm_datadist._copy cimport (
-    COPIED, COPY_FAULT, COPY_STOPPED, COPY_TIMED_OUT, IN_PROCESS, CopyOutcome, Gate, Plan, Run, execute_shared, stopped,
+    COPIED, COPY_FAULT, COPY_STOPPED, COPY_TIMED_OUT, IN_PROCESS, CopyOutcome, Gate, Plan, execute_shared, stopped,
 )
 
 
@@ -54,8 +54,8 @@ cdef class Bounce:
             self._runs[i].target = inside if inward else self._pieces[i].host
             self._runs[i].nbytes = self._pieces[i].nbytes
         plan = Plan(
-            sources=&nowhere, targets=&nowhere, tensors=1, runs=&self._runs[0], num_runs=self._count, carrier=IN_PROCESS,
-            pid=0,
+            sources=&nowhere, targets=&nowhere, tensors=1, runs=&self._runs[0], num_runs=self._count,
+            carrier=IN_PROCESS, pid=0,
         )
         return execute_shared(&plan, gate, threads, in_order)
 

@@ -1,5 +1,5 @@
-# HCCL, the communication between Ascend devices: its functions, found when the first link over it is made, and the owner
-# of a communicator of two ranks.
+# HCCL, the communication between Ascend devices: its functions, found when the first link over it is made, and the
+# owner of a communicator of two ranks.
 #
 # The device of a communicator must be current on the calling thread around every function here; no call may hold the
 # interpreter lock. The first HcclSend, HcclRecv or HcclBatchSendRecv of a pair waits inside the call for the other end.
@@ -59,9 +59,13 @@ cdef enum:
     # Of ours, outside of the vendor's numbers:
     HCCL_CLOSED = -2
 
-cdef uint64_t HCCL_MOST_BYTES = 0x7FFFFFFFF   # of one send or receive, as a count of bytes
+cdef inline uint64_t hccl_most_bytes() noexcept nogil:
+    """Most elements of one send or receive, which are bytes here."""
+    return 0x7FFFFFFFF
 
-# Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is optional.
+
+# Parameter types as in the vendor's headers; a pointer may be NULL where `_hccl.pyx` says that the function is
+# optional.
 cdef struct HcclFunctions:
     # communicators
     HcclResult (*HcclGetRootInfo)(HcclRootInfo *) noexcept nogil
@@ -103,6 +107,7 @@ cdef class Communicator:
     cdef readonly Device device
     cdef readonly int rank
     cdef readonly str name
+    cdef readonly object failure          # why `destroy` did not succeed: an HcclError; else None
     cdef HcclComm handle                  # NULL once destroyed
     cdef HcclFunctions *hccl
 

@@ -89,6 +89,7 @@ cdef class Exchange:
     cdef void give_turn(self) noexcept nogil
     cdef void lose(self) noexcept nogil
     cdef Outcome move(self, Row *row, bint sending, int fd, const Gate *gate) noexcept nogil
+    cdef void _abort(self) noexcept nogil
     cdef Outcome _post_all(self, Row *row, bint sending, const Gate *gate) noexcept nogil
     cdef Outcome _staged_step(
         self, Row *row, const Step *step, Half half, bint sending, const Gate *gate

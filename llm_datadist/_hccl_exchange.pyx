@@ -157,7 +157,7 @@ cdef class Exchange:
                 if outcome == DONE:
                     outcome = self._wait(-1, &gate)
             if outcome != DONE:
-                self._stream.abort()
+                self._abort()
             self.device.leave(&scope)
         if outcome == TIMED_OUT:
             raise TimeoutError("the peer's device has not answered in time")
@@ -243,10 +243,16 @@ cdef class Exchange:
             outcome = self._wait(fd, gate)
         if outcome != DONE:
             self.lose()
-            self._stream.abort()
-            self._copies.abort()
+            self._abort()
         self.device.leave(&scope)
         return outcome
+
+    cdef void _abort(self) noexcept nogil:
+        """Let no task touch memory any more; if that fails, no memory of the device is given back."""
+        if self._stream.abort() != ACL_SUCCESS:
+            self.device.lost = True
+        if self._copies.abort() != ACL_SUCCESS:
+            self.device.lost = True
 
     cdef Outcome _post_all(self, Row *row, bint sending, const Gate *gate) noexcept nogil:
         cdef Step step

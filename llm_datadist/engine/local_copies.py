@@ -29,29 +29,26 @@ class LocalCopies:
         Caches of the engine.
     timeout_ms : int
         How long one call may take, the time in the queue included.
-    threads : int
-        Threads that one copy may use.
+    copier : LocalCopier
+        Carries them out; the copies close it.
     timeout_code, out_of_memory_code : LLMStatusCode
         What a call ends with that takes longer, or that needs memory which is not to be had.
-    copier : LocalCopier, optional
-        Carries the copies out; the one of the device that the caches are on. It is closed with this object.
     """
 
     def __init__(
         self,
         table: CacheTable,
         timeout_ms: int,
-        threads: int = 1,
+        copier: LocalCopier,
         timeout_code: LLMStatusCode = KV_MODE.timeout,
         out_of_memory_code: LLMStatusCode = KV_MODE.out_of_memory,
-        copier: LocalCopier | None = None,
     ) -> None:
         self._timeout_code = timeout_code
         self._out_of_memory_code = out_of_memory_code
         self._table = table
         self._timeout_ms = timeout_ms
         self._queue = threading.Lock()
-        self._copier = LocalCopier(threads) if copier is None else copier
+        self._copier = copier
 
     def close(self) -> bool:
         """End running copies with an error; False if one does not end, whose memory must then stay mapped."""
@@ -158,6 +155,40 @@ class LocalCopies:
         self._carry_out(
             call,
             lambda: self._copier.swap_blocks(cache, host_addresses, pairs, block_nbytes, swap_in, deadline_ns),
+        )
+
+    def copy_range(
+        self, call: str, cache_id: int, tensor_index: int, offset: int, host: int, nbytes: int, into_cache: bool
+    ) -> None:
+        """Copy bytes between one tensor of a cache and host memory.
+
+        Parameters
+        ----------
+        call : str
+            Public name of the call.
+        cache_id, tensor_index : int
+            The tensor; it exists if the cache does.
+        offset, nbytes : int
+            Bytes of it, not negative.
+        host : int
+            Address in host memory.
+        into_cache : bool
+            From the host into the cache, or the other way.
+
+        Raises
+        ------
+        LLMException
+            LLM_KV_CACHE_NOT_EXIST. LLM_PARAM_INVALID: the bytes do not lie inside of the tensor. The mode's code for a
+            timeout.
+        """
+        deadline_ns = self._deadline_ns()
+        cache = self._find(call, cache_id)
+        if offset + nbytes > cache.tensor_nbytes:
+            reason = f"offset {offset} + {nbytes} bytes is out of range, tensors of cache {cache_id} have"
+            raise invalid(call, f"{reason} {cache.tensor_nbytes} bytes")
+        self._carry_out(
+            call,
+            lambda: self._copier.copy_range(cache, tensor_index, offset, host, nbytes, into_cache, deadline_ns),
         )
 
     def _deadline_ns(self) -> int:

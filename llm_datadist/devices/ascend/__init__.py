@@ -1,1 +1,1 @@
-"""Ascend NPUs as devices, through the ACL runtime of CANN; the vendor's libraries are loaded when a device is asked for."""
+"""Ascend NPUs, through the ACL runtime of CANN; its libraries are loaded when a device is asked for."""

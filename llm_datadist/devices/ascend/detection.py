@@ -1,8 +1,8 @@
 """Whether this machine has an Ascend device, and if not, which of the things that it takes is missing.
 
-Four steps, each with a message of its own: the library, its functions, the driver, a visible device. The outcome of each is
-kept. The first two only look, and may serve diagnosis; the third starts the runtime in this process, with threads of the
-vendor's, so it comes only when somebody asks for a device.
+Four steps, each with a message of its own: the library, its functions, the driver, a visible device. The outcome of
+each is kept. The first two only look, and may serve diagnosis; the third starts the runtime in this process, with
+threads of the vendor's, so it comes only when somebody asks for a device.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _raise_if_missing(verdict: _Verdict) -> None:
 
 @functools.cache
 def _look_for_library() -> _Verdict:
-    """Steps 1 and 2, which the exception tells apart."""
+    """Take steps 1 and 2, which the exception tells apart."""
     try:
         _acl.load()
     except LibraryMissing as error:
