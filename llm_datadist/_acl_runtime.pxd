@@ -75,8 +75,6 @@ cdef struct AclFunctions:
     aclError (*aclrtGetPhyDevIdByUserDevId)(int32_t, int32_t *) noexcept nogil
     aclError (*aclrtGetPhyDevIdByLogicDevId)(int32_t, int32_t *) noexcept nogil
     aclError (*aclrtGetDeviceInfo)(uint32_t, int32_t, int64_t *) noexcept nogil
-    aclError (*aclrtDeviceCanAccessPeer)(int32_t *, int32_t, int32_t) noexcept nogil
-    aclError (*aclrtDeviceGetBareTgid)(int32_t *) noexcept nogil
     # streams
     aclError (*aclrtCreateStream)(aclrtStream *) noexcept nogil
     aclError (*aclrtCreateStreamWithConfig)(aclrtStream *, uint32_t, uint32_t) noexcept nogil
@@ -100,15 +98,9 @@ cdef struct AclFunctions:
     aclError (*aclrtFreeHost)(void *) noexcept nogil
     aclError (*aclrtGetMemInfo)(int32_t, size_t *, size_t *) noexcept nogil
     aclError (*aclrtPointerGetAttributes)(const void *, aclrtPtrAttributes *) noexcept nogil
-    aclError (*aclrtMemGetAddressRange)(void *, void **, size_t *) noexcept nogil
     # copies
     aclError (*aclrtMemcpy)(void *, size_t, const void *, size_t, int32_t) noexcept nogil
     aclError (*aclrtMemcpyAsync)(void *, size_t, const void *, size_t, int32_t, aclrtStream) noexcept nogil
-    # memory between processes of one server
-    aclError (*aclrtIpcMemGetExportKey)(void *, size_t, char *, size_t, uint64_t) noexcept nogil
-    aclError (*aclrtIpcMemSetImportPid)(const char *, int32_t *, size_t) noexcept nogil
-    aclError (*aclrtIpcMemImportByKey)(void **, const char *, uint64_t) noexcept nogil
-    aclError (*aclrtIpcMemClose)(const char *) noexcept nogil
 
 # Found at the first call, which also keeps a failure; raises LibraryMissing. Has no other effect on the process.
 cdef AclFunctions *acl_functions() except NULL

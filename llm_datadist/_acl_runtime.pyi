@@ -1,14 +1,10 @@
-from llm_datadist._shared_library import VendorError
+from llm_datadist._shared_library import CallFailed
 
 LIBRARIES: tuple[str, ...]
 VARIABLE: str
 VISIBLE_DEVICES: str
 
-class AclError(VendorError):
-    function: str
-    code: int
-    text: str
-    def __init__(self, function: str, code: int, text: str = "") -> None: ...
+class AclError(CallFailed): ...
 
 def load() -> tuple[tuple[str, ...], tuple[str, ...]]: ...
 def simulator() -> str | None: ...

@@ -8,7 +8,7 @@ from libc.string cimport memset, strncpy
 
 from llm_datadist._shared_library cimport SharedLibrary
 
-from llm_datadist._shared_library import LibraryMissing, VendorError
+from llm_datadist._shared_library import CallFailed, LibraryMissing
 
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)() noexcept nogil)
@@ -26,27 +26,8 @@ _OUR_TEXTS = {
 }
 
 
-class AclError(VendorError):
-    """A function of the ACL runtime failed.
-
-    Attributes
-    ----------
-    function : str
-        Its name.
-    code : int
-        What it returned; negative for refusals of this library.
-    text : str
-        What the runtime says about it; may be empty.
-    """
-
-    def __init__(self, function, code, text=""):
-        super().__init__(function, code, text)
-        self.function = function
-        self.code = code
-        self.text = text
-
-    def __str__(self):
-        return f"{self.function} failed with {self.code}" + (f": {self.text}" if self.text else "")
+class AclError(CallFailed):
+    """A function of the ACL runtime failed."""
 
 
 # ---- failures
@@ -129,8 +110,6 @@ cdef int _find_process_functions(SharedLibrary library, AclFunctions *f) except 
     if f.aclrtGetPhyDevIdByUserDevId == NULL:  # the older name, for the same number
         library.require("aclrtGetPhyDevIdByLogicDevId", <void **>&f.aclrtGetPhyDevIdByLogicDevId)
     library.accept("aclrtGetDeviceInfo", <void **>&f.aclrtGetDeviceInfo)
-    library.accept("aclrtDeviceCanAccessPeer", <void **>&f.aclrtDeviceCanAccessPeer)
-    library.accept("aclrtDeviceGetBareTgid", <void **>&f.aclrtDeviceGetBareTgid)
     return 0
 
 
@@ -159,13 +138,8 @@ cdef int _find_memory_functions(SharedLibrary library, AclFunctions *f) except -
     library.require("aclrtFreeHost", <void **>&f.aclrtFreeHost)
     library.require("aclrtGetMemInfo", <void **>&f.aclrtGetMemInfo)
     library.accept("aclrtPointerGetAttributes", <void **>&f.aclrtPointerGetAttributes)
-    library.accept("aclrtMemGetAddressRange", <void **>&f.aclrtMemGetAddressRange)
     library.require("aclrtMemcpy", <void **>&f.aclrtMemcpy)
     library.require("aclrtMemcpyAsync", <void **>&f.aclrtMemcpyAsync)
-    library.accept("aclrtIpcMemGetExportKey", <void **>&f.aclrtIpcMemGetExportKey)
-    library.accept("aclrtIpcMemSetImportPid", <void **>&f.aclrtIpcMemSetImportPid)
-    library.accept("aclrtIpcMemImportByKey", <void **>&f.aclrtIpcMemImportByKey)
-    library.accept("aclrtIpcMemClose", <void **>&f.aclrtIpcMemClose)
     return 0
 
 

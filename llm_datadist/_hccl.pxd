@@ -55,7 +55,7 @@ cdef enum:
     HCCL_RECV = 1
     HCCL_DATA_TYPE_UINT8 = 7              # bytes are counted, whatever they mean
     HCCL_NAME_MAX_LENGTH = 127
-    HCCL_MOST_DESCRIPTORS = 256           # of one HcclBatchPut or HcclBatchGet
+    HCCL_MOST_DESCRIPTORS = 256           # of one HcclBatchGet
     # Of ours, outside of the vendor's numbers:
     HCCL_CLOSED = -2
 
@@ -89,7 +89,6 @@ cdef struct HcclFunctions:
     HcclResult (*HcclCommBindMem)(HcclComm, void *) noexcept nogil
     HcclResult (*HcclCommUnbindMem)(HcclComm, void *) noexcept nogil
     HcclResult (*HcclCommPrepare)(HcclComm, const HcclPrepareConfig *, int) noexcept nogil
-    HcclResult (*HcclBatchPut)(HcclComm, uint32_t, HcclOneSideOpDesc *, uint32_t, aclrtStream) noexcept nogil
     HcclResult (*HcclBatchGet)(HcclComm, uint32_t, HcclOneSideOpDesc *, uint32_t, aclrtStream) noexcept nogil
 
 # Found at the first call, which also keeps a failure; raises LibraryMissing.

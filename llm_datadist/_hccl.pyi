@@ -1,15 +1,11 @@
 from llm_datadist._acl import Device
-from llm_datadist._shared_library import VendorError
+from llm_datadist._shared_library import CallFailed
 
 COMMUNICATOR_VARIABLE: str
 OPERATOR_VARIABLE: str
 ROOT_INFO_BYTES: int
 
-class HcclError(VendorError):
-    function: str
-    code: int
-    text: str
-    def __init__(self, function: str, code: int, text: str = "") -> None: ...
+class HcclError(CallFailed): ...
 
 def load() -> tuple[tuple[str, ...], tuple[str, ...]]: ...
 def batched() -> bool: ...

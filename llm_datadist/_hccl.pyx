@@ -18,7 +18,7 @@ from llm_datadist._acl cimport (
 from llm_datadist._atomics cimport monotonic_ns
 from llm_datadist._shared_library cimport SharedLibrary
 
-from llm_datadist._shared_library import LibraryMissing, VendorError
+from llm_datadist._shared_library import CallFailed, LibraryMissing
 
 cdef extern from "unistd.h" nogil:
     int usleep(unsigned microseconds)
@@ -36,27 +36,8 @@ _DEFAULTS = {_RDMA_TIMEOUT: "15", _CONNECT_TIMEOUT: "120"}
 cdef uint64_t LAST_TRY_NS = 2000000000  # of a destructor, which has no deadline of its caller
 
 
-class HcclError(VendorError):
-    """A function of HCCL failed.
-
-    Attributes
-    ----------
-    function : str
-        Its name.
-    code : int
-        What it returned; negative for refusals of this library.
-    text : str
-        What HCCL and the ACL runtime say about it; may be empty.
-    """
-
-    def __init__(self, function, code, text=""):
-        super().__init__(function, code, text)
-        self.function = function
-        self.code = code
-        self.text = text
-
-    def __str__(self):
-        return f"{self.function} failed with {self.code}" + (f": {self.text}" if self.text else "")
+class HcclError(CallFailed):
+    """A function of HCCL failed; the text is that of HCCL and of the ACL runtime."""
 
 
 cdef void note_hccl_failure(AclFailure *out, const char *function, HcclResult code) noexcept nogil:
@@ -141,7 +122,6 @@ cdef int _find_one_sided_functions(HcclFunctions *f) except -1:
     _communicators.accept("HcclCommBindMem", <void **>&f.HcclCommBindMem)
     _communicators.accept("HcclCommUnbindMem", <void **>&f.HcclCommUnbindMem)
     _communicators.accept("HcclCommPrepare", <void **>&f.HcclCommPrepare)
-    _communicators.accept("HcclBatchPut", <void **>&f.HcclBatchPut)
     _communicators.accept("HcclBatchGet", <void **>&f.HcclBatchGet)
     return 0
 
@@ -151,7 +131,7 @@ cdef bint has_one_sided() except -1:
     return (
         f.HcclCommInitClusterInfoMemConfig != NULL and f.HcclRegisterGlobalMem != NULL
         and f.HcclDeregisterGlobalMem != NULL and f.HcclCommBindMem != NULL and f.HcclCommUnbindMem != NULL
-        and f.HcclCommPrepare != NULL and f.HcclBatchPut != NULL and f.HcclBatchGet != NULL
+        and f.HcclCommPrepare != NULL and f.HcclBatchGet != NULL
     )
 
 

@@ -19,6 +19,7 @@ cdef class HcclPeer(TcpPeer):
     cdef StreamEnd _exchange(
         self, int fd, Transfer *transfer, Row *row, Outcome *outcome, bint *answered, bint sending, bint takes_turn
     ) noexcept nogil
+    cdef StreamEnd _request(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil
     cdef StreamEnd _hear_reply(self, int fd, Transfer *transfer, Outcome *outcome) noexcept nogil
     cdef StreamEnd _hear_verdict(self, int fd, Outcome *outcome, const Gate *gate) noexcept nogil
     cdef Outcome _why_lost(self, Outcome moved, const Gate *gate) noexcept nogil

@@ -147,14 +147,9 @@ cdef class HcclPeer(TcpPeer):
     ) noexcept nogil:
         cdef const Gate *gate = &transfer.gate
         cdef Outcome moved
-        cdef StreamEnd end = self._send_request(fd, transfer, False)
-        if end == STREAM_OK:
-            end = self._hear_reply(fd, transfer, outcome)
-        if end != STREAM_OK:
+        cdef StreamEnd end = self._request(fd, transfer, outcome, answered)
+        if end != STREAM_OK or outcome[0] != DONE:
             return end
-        answered[0] = True
-        if outcome[0] != DONE:
-            return STREAM_OK
         outcome[0] = TIMED_OUT
         if takes_turn and not self.exchange.take_turn(gate):
             self.exchange.lose()  # the owner has posted
@@ -168,6 +163,15 @@ cdef class HcclPeer(TcpPeer):
         if sending:
             return self._hear_reply(fd, transfer, outcome)
         return self._hear_verdict(fd, outcome, gate)
+
+    cdef StreamEnd _request(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil:
+        """Ask for a transfer, and hear whether the owner accepts it."""
+        cdef StreamEnd end = self._send_request(fd, transfer, False)
+        if end == STREAM_OK:
+            end = self._hear_reply(fd, transfer, outcome)
+        if end == STREAM_OK:
+            answered[0] = True
+        return end
 
     cdef StreamEnd _hear_reply(self, int fd, Transfer *transfer, Outcome *outcome) noexcept nogil:
         cdef StreamEnd end = receive_bytes(fd, &transfer.reply, sizeof(StreamReply), &transfer.gate)

@@ -26,7 +26,7 @@ from llm_datadist._hccl cimport (
     HCCL_DATA_TYPE_UINT8, HCCL_RECV, HCCL_SEND, HCCL_SUCCESS, Communicator, HcclResult, HcclSendRecvItem,
     hccl_failure_error, hccl_functions, note_hccl_failure,
 )
-from llm_datadist._outcome cimport DEVICE_FAILED, DONE, TIMED_OUT, Outcome
+from llm_datadist._outcome cimport DEVICE_FAILED, DONE, NO_COMMUNICATOR, TIMED_OUT, Outcome
 from llm_datadist._segment cimport Memory
 from llm_datadist._stream cimport Range
 
@@ -227,13 +227,16 @@ cdef class Exchange:
         """Send or receive every byte; the turn must be held, and the peer does the opposite.
 
         `fd` is the connection to the peer, which it closes if it cannot go on. Unless the outcome is DONE the
-        communicator is lost, and no byte of this side changes any more.
+        communicator is lost, and no byte of this side changes any more. NO_COMMUNICATOR: it was lost already while the
+        caller waited for its turn.
         """
         cdef Scope scope
         cdef aclError code
         cdef Outcome outcome
         if row.left == 0:
             return DONE
+        if not self.is_ready():
+            return NO_COMMUNICATOR
         code = self.device.enter(&scope)
         if code != ACL_SUCCESS:
             self.lose()

@@ -56,14 +56,9 @@ cdef class OneSidedPeer(HcclPeer):
         cdef const Gate *gate = &transfer.gate
         cdef RowLetter source
         cdef StreamVerdict verdict
-        cdef StreamEnd end = self._send_request(fd, transfer, False)
-        if end == STREAM_OK:
-            end = self._hear_reply(fd, transfer, outcome)
-        if end != STREAM_OK:
+        cdef StreamEnd end = self._request(fd, transfer, outcome, answered)
+        if end != STREAM_OK or outcome[0] != DONE:
             return end
-        answered[0] = True
-        if outcome[0] != DONE:
-            return STREAM_OK
         outcome[0] = TIMED_OUT
         end = _receive_row(fd, transfer.request.tensors, &source, gate)
         if end != STREAM_OK:

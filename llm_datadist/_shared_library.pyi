@@ -1,5 +1,11 @@
 class VendorError(Exception): ...
 
+class CallFailed(VendorError):
+    function: str
+    code: int
+    text: str
+    def __init__(self, function: str, code: int, text: str = "") -> None: ...
+
 class LibraryMissing(VendorError):
     names: tuple[str, ...]
     attempts: tuple[str, ...]

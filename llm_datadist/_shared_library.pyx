@@ -34,6 +34,29 @@ class VendorError(Exception):
     """Something of the device's vendor is missing or failed; the kinds of it say what."""
 
 
+class CallFailed(VendorError):
+    """A function of the vendor's failed.
+
+    Attributes
+    ----------
+    function : str
+        Its name.
+    code : int
+        What it returned; negative for refusals of this library.
+    text : str
+        What the vendor's library says about it; may be empty.
+    """
+
+    def __init__(self, function, code, text=""):
+        super().__init__(function, code, text)
+        self.function = function
+        self.code = code
+        self.text = text
+
+    def __str__(self):
+        return f"{self.function} failed with {self.code}" + (f": {self.text}" if self.text else "")
+
+
 class LibraryMissing(VendorError):
     """A library of the vendor, or a function that is needed of it, is not on this machine.
 

@@ -8,164 +8,95 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
+import threading
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
 
 import pytest
 
 from llm_datadist import (
-    CacheDesc,
-    CacheKey,
-    DataType,
-    KvCache,
     LLMDataDist,
-    LLMException,
     LLMRole,
     LLMStatusCode,
     TransferConfig,
 )
 from llm_datadist.introspection import describe_links
 from llm_datadist.layer_events import LayerEvents
-from tests.datadist_member import MIB, cluster_info, make_options, payload
-from tests.on_simulator import counter, on_simulator, pair_on_simulator, set_knob
+from tests.on_simulator import counter, on_simulator, pair_on_simulator, set_knob, soon
+from tests.simulated_pair import (
+    DECODER,
+    FAULT,
+    LINKED,
+    LITTLE_S,
+    OK,
+    PROMPT,
+    TIMEOUT,
+    Decoder,
+    Outcome,
+    allocate,
+    assert_nothing_lives,
+    code_of,
+    fill,
+    holds,
+    offer,
+    prefix,
+    start,
+    wait_for,
+)
 
-PROMPT, DECODER = 1, 2
-OK = LLMStatusCode.LLM_SUCCESS
-LINKED = (OK, [OK])
-TIMEOUT = LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
 TIMEOUT_S = 1.0
-LITTLE_S = 1.0  # beyond a deadline, on a busy machine
-SHAPE = (4, MIB)  # a slot is a step's item of its own
-TENSORS = 4
-NO_REQUEST = (1 << 64) - 1
-FAULT = "LLM_DATADIST_TEST_FAULT"
+
+# ---- the two processes
 
 
-def start(role: LLMRole, cluster_id: int, port: int | None = None) -> LLMDataDist:
-    options = make_options(role, port=port, pool_bytes=96 * MIB, sync_kv_timeout=int(TIMEOUT_S * 1000))
-    options["ge.exec.deviceId"] = "0" if role is LLMRole.PROMPT else "1"
-    datadist = LLMDataDist(role, cluster_id)
-    datadist.init(options)
-    return datadist
+class Offering:
+    """What the decoder can ask the prompt for."""
 
+    def __init__(self, datadist: LLMDataDist) -> None:
+        self._datadist = datadist
+        self._cache = allocate(datadist, *(prefix(number) for number in range(4)))
+        fill(datadist, self._cache, 7)
 
-def allocate(datadist: LLMDataDist, *keys: CacheKey) -> KvCache:
-    desc = CacheDesc(TENSORS, SHAPE, DataType.DT_UINT8)
-    return datadist.kv_cache_manager.allocate_cache(desc, list(keys))
+    def fault(self, faults: str) -> None:
+        set_knob("FAULTS", faults)
 
+    def struck(self, where: str) -> int:
+        return counter(f"fault.{where}")
 
-def fill(datadist: LLMDataDist, cache: KvCache, seed: int) -> None:
-    pool = datadist._engine._caches.device
-    for tensor, address in enumerate(cache.per_device_tensor_addrs[0]):
-        pool.write(address, payload(seed, tensor, SHAPE[0] * SHAPE[1]).tobytes())
+    def calls(self, function: str) -> int:
+        return counter(f"calls.{function}")
 
-
-def holds(
-    datadist: LLMDataDist, cache: KvCache, slot: int, seed: int, of_slot: int = 0, tensors: int = TENSORS
-) -> bool:
-    for tensor in range(tensors):
-        array = datadist.kv_cache_manager.get_cache_tensors(cache, tensor)[0].numpy()
-        if (array[slot] != payload(seed, tensor, SHAPE[0] * SHAPE[1]).reshape(SHAPE)[of_slot]).any():
-            return False
-    return True
-
-
-def code_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[LLMStatusCode, str, float]:
-    """Code and text that a call ends with, and how long it took."""
-    began = time.monotonic()
-    try:
-        call(*args, **kwargs)
-    except LLMException as error:
-        return error.status_code, str(error), time.monotonic() - began
-    return OK, "", time.monotonic() - began
-
-
-def assert_nothing_lives() -> None:
-    live = ("allocations", "imports", "exports", "host", "streams", "events", "communicators", "registrations")
-    left = {name: count for name in live if (count := counter(f"live.{name}"))}
-    assert not left, left
-
-
-# ---- the prompt's process: what the decoder asks for
+    def push(self, addresses: list[int]) -> tuple[LLMStatusCode, float]:
+        """Send the layer of the first two tensors to addresses of the decoder."""
+        config = TransferConfig(DECODER, addresses, range(1), 0)
+        synchronizer = LayerEvents(1)
+        synchronizer.record(0)
+        began = time.monotonic()
+        task = self._datadist.kv_cache_manager.transfer_cache_async(self._cache, synchronizer, [config])
+        return task.synchronize(5000), time.monotonic() - began
 
 
 def prompt(peer: Connection) -> None:
-    """Offer slots 0 to 3 of a cache under prefix keys, and do what the decoder says until it says the end."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("127.0.0.1", 0))
-    port = holder.getsockname()[1]
-    datadist = start(LLMRole.PROMPT, PROMPT, port)
-    cache = allocate(datadist, *(CacheKey(PROMPT, NO_REQUEST, prefix_id=number) for number in range(4)))
-    fill(datadist, cache, 7)
-    peer.send((port, os.getpid()))
-    while (asked := peer.recv()) is not None:
-        what, *arguments = asked
-        if what == "fault":
-            set_knob("FAULTS", arguments[0])
-            peer.send(True)
-        elif what == "struck":
-            peer.send(counter(f"fault.{arguments[0]}"))
-        elif what == "push":
-            peer.send(push(datadist, cache, *arguments))
-    datadist.finalize()
-    holder.close()
-    assert_nothing_lives()
+    offer(peer, lambda port: start(LLMRole.PROMPT, PROMPT, port), Offering)
 
 
-def push(datadist: LLMDataDist, cache: KvCache, addresses: list[int]) -> tuple[LLMStatusCode, str, float]:
-    """Send the layer of the first two tensors to addresses of the decoder."""
-    config = TransferConfig(DECODER, addresses, range(1), 0)
-    synchronizer = LayerEvents(1)
-    synchronizer.record(0)
-    began = time.monotonic()
-    code = datadist.kv_cache_manager.transfer_cache_async(cache, synchronizer, [config]).synchronize(5000)
-    return code, "", time.monotonic() - began
-
-
-class Linked:
-    """The decoder's process: an instance, linked to the prompt."""
+class Linked(Decoder):
+    """The decoder's process."""
 
     def __init__(self, peer: Connection) -> None:
-        self.peer = peer
-        self.port, self.prompt_pid = peer.recv()
-        self.datadist = start(LLMRole.DECODER, DECODER)
-        self.cache = allocate(self.datadist)
-
-    def link(self, timeout: int = 5000) -> Any:
-        return self.datadist.link_clusters([cluster_info(PROMPT, self.port)], timeout)
-
-    def unlink(self) -> Any:
-        return self.datadist.unlink_clusters([cluster_info(PROMPT, self.port)], 5000)
-
-    def pull(self, number: int = 0, slot: int = 0) -> tuple[LLMStatusCode, str, float]:
-        key = CacheKey(PROMPT, NO_REQUEST, prefix_id=number)
-        return code_of(self.datadist.kv_cache_manager.pull_cache, key, self.cache, slot)
-
-    def ask(self, *what: Any) -> Any:
-        self.peer.send(what)
-        return self.peer.recv()
+        super().__init__(peer, start(LLMRole.DECODER, DECODER))
 
     def states(self) -> list[str]:
         return [link.state for link in describe_links(self.datadist)]
 
-    def end(self, *, prompt_lives: bool = True) -> None:
-        if prompt_lives:
-            self.peer.send(None)
-        self.datadist.finalize()
-        assert_nothing_lives()
-
-
-def pulls_work(linked: Linked, seconds: float = 20.0) -> bool:
-    """Pull until it works: a communicator that was lost is made anew, which may take longer than one pull."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
-        if linked.pull(2, 1)[0] is OK:
-            return holds(linked.datadist, linked.cache, 1, 7, 2)
-    return False
+    def order(self, fault: str) -> tuple[str, bool]:
+        """Let something fail, here or at the prompt; gives the point, and whether it is at the prompt."""
+        where, at = fault.split(",")
+        if at == "prompt":
+            self.ask("fault", where)
+        else:
+            set_knob("FAULTS", where)
+        return where.partition("#")[0], at == "prompt"
 
 
 # ---- one device
@@ -204,7 +135,7 @@ def test_a_copy_that_fails_says_so_and_the_next_one_works(fault: str, code: LLMS
         assert "507899" in text
     set_knob("FAULTS", "")
     datadist.kv_cache_manager.copy_cache(other, cache, 1, 0)
-    assert holds(datadist, other, 1, 3)
+    assert holds(datadist, other, 3, {1: 0})
     datadist.finalize()
     assert_nothing_lives()
 
@@ -214,11 +145,7 @@ def test_a_copy_that_fails_says_so_and_the_next_one_works(fault: str, code: LLMS
 
 def decoder_whose_communicator_fails(peer: Connection) -> None:
     linked = Linked(peer)
-    where, at_prompt = os.environ[FAULT].split(",")
-    if at_prompt == "prompt":
-        linked.ask("fault", where)
-    else:
-        set_knob("FAULTS", where)
+    linked.order(os.environ[FAULT])
     began = time.monotonic()
     code, codes = linked.link()
     assert (code, codes) == (LLMStatusCode.LLM_LINK_FAILED, [LLMStatusCode.LLM_LINK_FAILED])
@@ -226,7 +153,7 @@ def decoder_whose_communicator_fails(peer: Connection) -> None:
     assert linked.states() == []
     assert linked.link(10_000) == LINKED
     assert linked.pull()[0] is OK
-    assert holds(linked.datadist, linked.cache, 0, 7)
+    assert holds(linked.datadist, linked.cache, 7, {0: 0})
     linked.end()
 
 
@@ -265,22 +192,17 @@ def test_a_link_whose_partner_does_not_come_ends_at_the_callers_deadline() -> No
 def decoder_of_a_failing_pull(peer: Connection) -> None:
     linked = Linked(peer)
     assert linked.link() == LINKED
-    where, at_prompt = os.environ[FAULT].split(",")
-    if at_prompt == "prompt":
-        linked.ask("fault", where)
-    else:
-        set_knob("FAULTS", where)
+    point, at_prompt = linked.order(os.environ[FAULT])
     code, text, seconds = linked.pull()
     assert code in (LLMStatusCode.LLM_FAILED, TIMEOUT), text
     assert seconds < TIMEOUT_S + LITTLE_S
-    point = where.partition("#")[0]
-    struck = linked.ask("struck", point) if at_prompt == "prompt" else counter(f"fault.{point}")
+    struck = linked.ask("struck", point) if at_prompt else counter(f"fault.{point}")
     assert struck == 1
     assert linked.states() == ["LINKED"]
-    assert pulls_work(linked)
+    assert linked.works()
     assert linked.unlink() == LINKED
     assert linked.link() == LINKED
-    assert pulls_work(linked)
+    assert linked.works()
     linked.end()
 
 
@@ -305,19 +227,15 @@ def decoder_of_a_failing_push(peer: Connection) -> None:
     linked = Linked(peer)
     assert linked.link() == LINKED
     addresses = linked.cache.per_device_tensor_addrs[0][:2]
-    where, at_prompt = os.environ[FAULT].split(",")
-    if at_prompt == "prompt":
-        linked.ask("fault", where)
-    else:
-        set_knob("FAULTS", where)
-    code, text, seconds = linked.ask("push", addresses)
-    assert code in (LLMStatusCode.LLM_FAILED, TIMEOUT), text
+    linked.order(os.environ[FAULT])
+    code, seconds = linked.ask("push", addresses)
+    assert code in (LLMStatusCode.LLM_FAILED, TIMEOUT)
     assert seconds < TIMEOUT_S + LITTLE_S
     give_up = time.monotonic() + 20
     while code is not OK and time.monotonic() < give_up:
-        code, text, _ = linked.ask("push", addresses)
-    assert code is OK, text
-    assert holds(linked.datadist, linked.cache, 0, 7, tensors=2)
+        code, _ = linked.ask("push", addresses)
+    assert code is OK
+    assert holds(linked.datadist, linked.cache, 7, {0: 0}, tensors=2)
     linked.end()
 
 
@@ -326,6 +244,32 @@ def decoder_of_a_failing_push(peer: Connection) -> None:
 )
 def test_a_push_whose_device_fails_ends_in_time_and_the_next_one_works(fault: str) -> None:
     pair_on_simulator(prompt, decoder_of_a_failing_push, LLM_DATADIST_DEVICE="simulator", **{FAULT: fault})
+
+
+def decoder_whose_communicator_goes_while_it_waits(peer: Connection) -> None:
+    linked = Linked(peer)
+    assert linked.link() == LINKED
+    exchange = linked.datadist._engine._links.get("test", PROMPT).end.exchange
+    assert exchange.rank == 1, "the one that takes its turn when the other end has posted already"
+    assert exchange.begin_change(soon())
+    before = linked.ask("calls", "HcclBatchSendRecv")
+    pulled: list[Outcome] = []
+    pulling = threading.Thread(target=lambda: pulled.append(linked.pull()))
+    pulling.start()
+    wait_for(lambda: linked.ask("calls", "HcclBatchSendRecv") > before)
+    exchange.discard(soon())
+    exchange.end_change()
+    pulling.join(TIMEOUT_S + LITTLE_S)
+    ((code, text, _),) = pulled
+    assert code in (OK, TIMEOUT), text
+    assert linked.works()
+    linked.end()
+
+
+def test_a_communicator_that_goes_while_a_pull_waits_for_its_turn_is_made_anew() -> None:
+    """The test takes it away without an abort, which the simulator would end the process for."""
+    decoder = decoder_whose_communicator_goes_while_it_waits
+    pair_on_simulator(prompt, decoder, LLM_DATADIST_DEVICE="simulator", MISUSE="log")
 
 
 # ---- the peer dies, or stands still
@@ -372,7 +316,7 @@ def decoder_whose_prompt_stands_still(peer: Connection) -> None:
     assert seconds < TIMEOUT_S + LITTLE_S
     before = linked.datadist.kv_cache_manager.get_cache_tensors(linked.cache, 0)[0].numpy().copy()
     os.kill(linked.prompt_pid, signal.SIGCONT)
-    assert pulls_work(linked)
+    assert linked.works()
     after = linked.datadist.kv_cache_manager.get_cache_tensors(linked.cache, 0)[0].numpy()
     assert (before[0] == after[0]).all(), "the late sender wrote into memory of the pull that had ended"
     linked.end()
@@ -391,10 +335,10 @@ def decoder_that_compares_bytes(peer: Connection) -> None:
     set_knob("FAULTS", f"exec.recv#1={os.environ[FAULT]}")
     assert linked.pull()[0] is OK
     assert counter("fault.exec.recv") == 1
-    assert not holds(linked.datadist, linked.cache, 0, 7), "a comparison that does not see it proves nothing"
+    assert not holds(linked.datadist, linked.cache, 7, {0: 0}), "a comparison that does not see it proves nothing"
     set_knob("FAULTS", "")
     assert linked.pull()[0] is OK
-    assert holds(linked.datadist, linked.cache, 0, 7)
+    assert holds(linked.datadist, linked.cache, 7, {0: 0})
     linked.end()
 
 

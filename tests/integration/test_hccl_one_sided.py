@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -29,7 +28,6 @@ from llm_datadist import (
     KvCache,
     LayerSynchronizer,
     LLMDataDist,
-    LLMException,
     LLMRole,
     LLMStatusCode,
     TransferConfig,
@@ -37,37 +35,46 @@ from llm_datadist import (
 from llm_datadist.introspection import describe_links
 from llm_datadist.transports.hccl.hccl_device import THREAD_NAME
 from tests.ascend_simulator import build
-from tests.datadist_member import MIB, cluster_info, make_options, payload
+from tests.datadist_member import payload
 from tests.on_simulator import counter, pair_on_simulator, set_knob
+from tests.simulated_pair import (
+    DECODER,
+    FAULT,
+    LINKED,
+    LITTLE_S,
+    OK,
+    PROMPT,
+    SHAPE,
+    TIMEOUT,
+    Decoder,
+    allocate,
+    bytes_of,
+    code_of,
+    fill,
+    holds,
+    offer,
+    prefix,
+    start,
+    wait_for,
+)
 
-PROMPT, DECODER = 1, 2
-OK = LLMStatusCode.LLM_SUCCESS
-LINKED = (OK, [OK])
-TIMEOUT = LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
 FAILED = LLMStatusCode.LLM_FAILED
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 TIMEOUT_S = 1.5
 PATIENCE = int(os.environ.get("LLM_DATADIST_TEST_PATIENCE", "1"))  # thousands of tasks take the simulator a while
-LITTLE_S = 1.0  # beyond a deadline, on a busy machine
-SHAPE, TENSORS = (4, MIB), 4
 BLOCKS, BLOCK, BLOCK_TENSORS = 5001, 512, 2
 BLOCKS_KEY = BlocksCacheKey(PROMPT)
-NO_REQUEST = (1 << 64) - 1
 WIRES = {"hccs": {}, "roce": {"LINK": "roce", "LLM_DATADIST_TEST_ADDRESSES": "1"}}
 SETTINGS = {"LLM_DATADIST_DEVICE": "simulator", "LLM_DATADIST_TRANSPORT": "hccl_one_sided"}
-FAULT = "LLM_DATADIST_TEST_FAULT"
 
 
 def run(decoder: Callable[[Connection], None], prompt: Callable[[Connection], None] | None = None, **more: Any) -> None:
-    pair_on_simulator(prompt or offer, decoder, **{**SETTINGS, **more})
+    pair_on_simulator(prompt or offer_here, decoder, **{**SETTINGS, **more})
 
 
-def start(role: LLMRole, cluster_id: int, port: int | None = None) -> LLMDataDist:
-    made = make_options(role, port=port, pool_bytes=96 * MIB, sync_kv_timeout=int(TIMEOUT_S * 1000 * PATIENCE))
-    datadist = LLMDataDist(role, cluster_id)
+def start_here(role: LLMRole, cluster_id: int, port: int | None = None) -> LLMDataDist:
     with addresses_of_devices():
-        datadist.init({**made, "ge.exec.deviceId": "0" if role is LLMRole.PROMPT else "1"})
-    return datadist
+        return start(role, cluster_id, port, TIMEOUT_S * PATIENCE)
 
 
 @contextlib.contextmanager
@@ -84,58 +91,9 @@ def addresses_of_devices() -> Iterator[None]:
         yield
 
 
-def allocate(datadist: LLMDataDist, *keys: CacheKey) -> KvCache:
-    desc = CacheDesc(TENSORS, SHAPE, DataType.DT_UINT8)
-    return datadist.kv_cache_manager.allocate_cache(desc, list(keys))
-
-
 def allocate_blocks(datadist: LLMDataDist, key: BlocksCacheKey | None = None) -> KvCache:
     desc = CacheDesc(BLOCK_TENSORS, (BLOCKS, BLOCK), DataType.DT_UINT8)
     return datadist.kv_cache_manager.allocate_blocks_cache(desc, key)
-
-
-def fill(datadist: LLMDataDist, cache: KvCache, seed: int) -> None:
-    pool = datadist._engine._caches.device
-    for tensor, address in enumerate(cache.per_device_tensor_addrs[0]):
-        pool.write(address, payload(seed, tensor, int(np.prod(cache.cache_desc.shape))).tobytes())
-
-
-def bytes_of(datadist: LLMDataDist, cache: KvCache, tensor: int) -> np.ndarray:
-    return datadist.kv_cache_manager.get_cache_tensors(cache, tensor)[0].numpy()
-
-
-def holds(datadist: LLMDataDist, cache: KvCache, seed: int, slots: dict[int, int], tensors: int | None = None) -> bool:
-    """Whether slots or blocks (of the cache: of the payload) have their bytes, in each tensor."""
-    shape = tuple(cache.cache_desc.shape)
-    for tensor in range(cache.cache_desc.num_tensors if tensors is None else tensors):
-        wanted = payload(seed, tensor, int(np.prod(shape))).reshape(shape)
-        found = bytes_of(datadist, cache, tensor)
-        if (found[list(slots)] != wanted[list(slots.values())]).any():
-            return False
-    return True
-
-
-def code_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[LLMStatusCode, str, float]:
-    """Code and text that a call ends with, and how long it took."""
-    began = time.monotonic()
-    try:
-        call(*args, **kwargs)
-    except LLMException as error:
-        return error.status_code, str(error), time.monotonic() - began
-    return OK, "", time.monotonic() - began
-
-
-def assert_nothing_lives() -> None:
-    live = ("allocations", "imports", "exports", "host", "streams", "events", "communicators", "registrations")
-    left = {name: count for name in live if (count := counter(f"live.{name}"))}
-    assert not left, left
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.001)
 
 
 # ---- the prompt's process
@@ -151,7 +109,7 @@ class Offering:
 
     def __init__(self, datadist: LLMDataDist) -> None:
         self._datadist = datadist
-        keys = [CacheKey(PROMPT, NO_REQUEST, prefix_id=number) for number in range(3)]
+        keys = [prefix(number) for number in range(3)]
         self._cache = allocate(datadist, *keys, CacheKey(PROMPT, 77))
         fill(datadist, self._cache, 7)
         self._blocks = allocate_blocks(datadist, BLOCKS_KEY)
@@ -188,63 +146,20 @@ class Offering:
         return [(link.transport, link.reason, link.state) for link in describe_links(self._datadist)]
 
 
-def offer(peer: Connection) -> None:
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("127.0.0.1", 0))
-    port = holder.getsockname()[1]
-    datadist = start(LLMRole.PROMPT, PROMPT, port)
-    offering = Offering(datadist)
-    peer.send((port, os.getpid()))
-    while (asked := peer.recv()) is not None:
-        what, arguments, named = asked
-        peer.send(getattr(offering, what)(*arguments, **named))
-    datadist.finalize()
-    holder.close()
-    assert_nothing_lives()
+def offer_here(peer: Connection) -> None:
+    offer(peer, lambda port: start_here(LLMRole.PROMPT, PROMPT, port), Offering)
 
 
-class Linked:
-    """The decoder's process: an instance, linked to the prompt."""
+class Linked(Decoder):
+    """The decoder's process, linked to the prompt."""
 
     def __init__(self, peer: Connection, *, link: bool = True) -> None:
-        self.peer = peer
-        self.port, self.prompt_pid = peer.recv()
-        self.datadist = start(LLMRole.DECODER, DECODER)
-        self.manager = self.datadist.kv_cache_manager
-        self.cache = allocate(self.datadist)
+        super().__init__(peer, start_here(LLMRole.DECODER, DECODER))
         if link:
             assert self.link() == LINKED
 
-    def link(self, timeout: int = 5000) -> Any:
-        return self.datadist.link_clusters([cluster_info(PROMPT, self.port)], timeout)
-
-    def unlink(self) -> Any:
-        return self.datadist.unlink_clusters([cluster_info(PROMPT, self.port)], 5000)
-
-    def pull(self, number: int = 0, slot: int = 0) -> tuple[LLMStatusCode, str, float]:
-        return code_of(self.manager.pull_cache, CacheKey(PROMPT, NO_REQUEST, prefix_id=number), self.cache, slot)
-
-    def works(self, seconds: float = 10.0) -> bool:
-        """Pull until it works: a communicator that was lost is made anew, which may take longer than one pull."""
-        give_up = time.monotonic() + seconds
-        while time.monotonic() < give_up:
-            if self.pull(2, 1)[0] is OK:
-                return holds(self.datadist, self.cache, 7, {1: 2})
-        return False
-
-    def ask(self, what: str, *arguments: Any, **named: Any) -> Any:
-        self.peer.send((what, arguments, named))
-        return self.peer.recv()
-
     def links(self) -> list[tuple[str, str, str]]:
         return [(link.transport, link.reason, link.state) for link in describe_links(self.datadist)]
-
-    def end(self, *, prompt_lives: bool = True) -> None:
-        if prompt_lives:
-            self.peer.send(None)
-        self.datadist.finalize()
-        assert_nothing_lives()
 
 
 def gets() -> int:
@@ -391,18 +306,18 @@ def be_old() -> None:
 
 def offer_of_old(peer: Connection) -> None:
     be_old()
-    offer(peer)
+    offer_here(peer)
 
 
 def offer_by_default(peer: Connection) -> None:
     del os.environ["LLM_DATADIST_TRANSPORT"]
-    offer(peer)
+    offer_here(peer)
 
 
 @pytest.mark.parametrize("old", ["decoder", "prompt"])
 def test_hccl_without_one_sided_transfers_at_one_end_means_the_ordinary_ones(old: str) -> None:
     more = {"LLM_DATADIST_TEST_OLD": old, "LLM_DATADIST_TEST_REASON": "has no one-sided transfers"}
-    run(expect_two_sided, offer_of_old if old == "prompt" else offer, **more)
+    run(expect_two_sided, offer_of_old if old == "prompt" else offer_here, **more)
 
 
 def test_both_ends_have_to_ask_for_it() -> None:
@@ -427,7 +342,7 @@ def offer_with_a_small_pool(peer: Connection) -> None:
 
     make_offer = OneSided.offer
     OneSided.offer = lambda self, wish: replace(make_offer(self, wish), pool_bytes=4096)  # type: ignore[method-assign]
-    offer(peer)
+    offer_here(peer)
 
 
 def pull_from_outside(peer: Connection) -> None:
@@ -569,7 +484,7 @@ def offer_until_killed(peer: Connection) -> None:
     """Offer in a child, whose end by SIGKILL is what the test wants."""
     child = os.fork()
     if child == 0:
-        offer(peer)
+        offer_here(peer)
         os._exit(1)
     peer.close()
     _, status = os.waitpid(child, 0)

@@ -134,8 +134,9 @@ def busy(peer: Connection) -> None:
     assert communicator.destroy(soon())
     device.close()
     assert counter("calls.aclrtResetDevice") == 1
-    for message in ("destroy", None):
-        peer.send(message)
+    peer.send("destroy")
+    assert peer.recv() == "destroyed"
+    peer.send(None)
 
 
 def test_a_dropped_communicator_is_destroyed() -> None:
@@ -151,8 +152,9 @@ def dropped(peer: Connection) -> None:
     del communicator
     assert counter("live.communicators") == 0
     assert counter("calls.aclrtResetDevice") == 1
-    for message in ("destroy", None):
-        peer.send(message)
+    peer.send("destroy")
+    assert peer.recv() == "destroyed"
+    peer.send(None)
 
 
 @pytest.mark.parametrize("variant", ["", "no_onesided", "acl_only"])
