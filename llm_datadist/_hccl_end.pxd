@@ -10,7 +10,7 @@ from llm_datadist._tcp_server cimport TcpServer, Work
 
 cdef class HcclPeer(TcpPeer):
     cdef readonly Exchange exchange
-    cdef str _detail
+    cdef str _detail              # why there is no communicator
 
     cdef Outcome _have_communicator(self, const Gate *gate) noexcept nogil
     cdef StreamEnd _in_turn(
@@ -22,7 +22,7 @@ cdef class HcclPeer(TcpPeer):
     cdef StreamEnd _request(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil
     cdef StreamEnd _hear_reply(self, int fd, Transfer *transfer, Outcome *outcome) noexcept nogil
     cdef StreamEnd _hear_verdict(self, int fd, Outcome *outcome, const Gate *gate) noexcept nogil
-    cdef Outcome _why_lost(self, Outcome moved, const Gate *gate) noexcept nogil
+    cdef Outcome _why_lost(self, Outcome outcome, const Gate *gate) noexcept nogil
 
 
 cdef class HcclServer(TcpServer):

@@ -45,7 +45,7 @@ cdef extern from "unistd.h" nogil:
     int usleep(unsigned microseconds)
 
 cdef enum:
-    DEATH_NS = 50000000       # between a data connection that closes and word that the whole link has
+    DEATH_NS = 200000000      # between a data connection that closes and word that the whole link has
 
 _log = logging.getLogger("llm_datadist.link")
 
@@ -101,17 +101,16 @@ cdef class HcclPeer(TcpPeer):
         return outcome
 
     cdef Outcome _have_communicator(self, const Gate *gate) noexcept nogil:
-        cdef bint made = False
+        cdef Outcome outcome = TIMED_OUT
         with gil:
             self._detail = ""
             try:
-                made = self._want_communicator(gate.deadline_ns)
+                if self._want_communicator(gate.deadline_ns):
+                    outcome = DONE
             except Exception as error:
                 self._detail = str(error)
-                return DEVICE_FAILED
-        if made:
-            return DONE
-        return self._why_stopped() if stopped(gate) else TIMED_OUT
+                outcome = NO_COMMUNICATOR
+        return outcome if outcome == DONE else self._why_lost(outcome, gate)
 
     cdef StreamEnd _pull_once(self, int fd, Transfer *transfer, Outcome *outcome, bint *answered) noexcept nogil:
         return self._in_turn(fd, transfer, outcome, answered, False)
@@ -192,18 +191,19 @@ cdef class HcclPeer(TcpPeer):
         outcome[0] = known_outcome(verdict.outcome)
         return self._confirm(fd, &verdict, outcome[0], gate) if verdict.confirm else STREAM_OK
 
-    cdef Outcome _why_lost(self, Outcome moved, const Gate *gate) noexcept nogil:
+    cdef Outcome _why_lost(self, Outcome outcome, const Gate *gate) noexcept nogil:
         """Tell a device that failed from a peer that is gone, of which the device often hears first."""
-        cdef uint64_t give_up = monotonic_ns() + DEATH_NS
-        while moved == DEVICE_FAILED and not stopped(gate) and monotonic_ns() < give_up:
+        cdef uint64_t give_up = min(monotonic_ns() + DEATH_NS, gate.deadline_ns)
+        while outcome != TIMED_OUT and not stopped(gate) and monotonic_ns() < give_up:
             usleep(1000)
-        return self._why_stopped() if stopped(gate) else moved
+        return self._why_stopped() if stopped(gate) else outcome
 
     cdef int _report(self, const Transfer *transfer, Outcome outcome) except -1:
-        if outcome != DEVICE_FAILED and outcome != NO_COMMUNICATOR:
-            return TcpPeer._report(self, transfer, outcome)
-        failure = self.exchange.failure
-        raise TransferFault(<int>outcome, detail=self._detail if failure is None else str(failure))
+        if outcome == NO_COMMUNICATOR:
+            raise TransferFault(<int>outcome, detail=self._detail)
+        if outcome == DEVICE_FAILED:
+            raise TransferFault(<int>outcome, detail=str(self.exchange.failure or "at the other end, whose log says more"))
+        return TcpPeer._report(self, transfer, outcome)
 
     # ---- making a communicator
 

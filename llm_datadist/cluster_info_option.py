@@ -23,7 +23,7 @@ RANK_ID = "ge.exec.rankId"
 
 _UINT16_MAX = 2**16 - 1
 
-_made_here: set[str] = set()
+_made_here: set[str] = set()  # what `init` has written into options, which a program may use again
 
 
 class OwnCluster(NamedTuple):
@@ -50,7 +50,7 @@ class OwnCluster(NamedTuple):
 def own_cluster(role: LLMRole, cluster_id: int, options: dict[str, str]) -> OwnCluster:
     """Read or make the description; raises what `read_init_options` documents."""
     text = option_text(options, CLUSTER_INFO)
-    if text is None or text in _made_here:
+    if text is None or (text in _made_here and DEVICE_ID in options):
         return _make(role, cluster_id, options)
     return _parse(role, options, text)
 

@@ -25,8 +25,8 @@ _REPORT = pytest.StashKey[TextIO]()  # open as long as the process, so that it i
 def pytest_configure(config: pytest.Config) -> None:
     REPORTS.mkdir(parents=True, exist_ok=True)
     if not hasattr(config, "workerinput"):
-        for old in REPORTS.iterdir():
-            old.unlink()
+        for old in _left_behind():
+            old.unlink(missing_ok=True)
     config.stash[_REPORT] = (REPORTS / f"{os.getpid()}.txt").open("w", encoding="utf-8")
 
 
@@ -35,8 +35,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     Path(config.stash[_REPORT].name).unlink()
 
 
+def _left_behind() -> list[Path]:
+    """Reports whose process has ended: the others are of a run beside this one."""
+    return sorted(report for report in REPORTS.iterdir() if not Path("/proc", report.stem).exists())
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for report in sorted(REPORTS.iterdir()):
+    for report in _left_behind():
         text = report.read_text(encoding="utf-8", errors="replace")
         if text:
             terminalreporter.section("hung")

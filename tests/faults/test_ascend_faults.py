@@ -307,6 +307,25 @@ def test_a_prompt_that_dies_before_or_while_it_sends(fault: str) -> None:
     pair_on_simulator(prompt_that_is_killed, decoder_whose_prompt_dies, **environment)
 
 
+def decoder_whose_prompt_dies_over_a_communicator(peer: Connection) -> None:
+    linked = Linked(peer)
+    assert linked.link() == LINKED
+    exchange = linked.datadist._engine._links.get("test", PROMPT).end.exchange
+    assert exchange.begin_change(soon())
+    exchange.discard(soon())
+    exchange.end_change()
+    linked.ask("fault", "HcclCommInitRootInfoConfig#1=kill")
+    code, text, seconds = linked.pull()
+    assert (code, "is dead" in text) == (TIMEOUT, True), text
+    assert seconds < TIMEOUT_S + LITTLE_S
+    linked.end(prompt_lives=False)
+
+
+def test_a_prompt_that_dies_while_a_pull_waits_for_a_communicator_is_a_dead_peer() -> None:
+    decoder = decoder_whose_prompt_dies_over_a_communicator
+    pair_on_simulator(prompt_that_is_killed, decoder, LLM_DATADIST_DEVICE="simulator")
+
+
 def decoder_whose_prompt_stands_still(peer: Connection) -> None:
     linked = Linked(peer)
     assert linked.link() == LINKED

@@ -202,7 +202,8 @@ def pull_and_push(state: State, pulled: int, pushed: int, theirs: Sequence[Any],
     return failed
 
 
-def test_both_directions_at_the_same_time(sides: tuple[Side, Side]) -> None:
+def test_both_directions_at_the_same_time(network: Network, memory: Backend) -> None:
+    sides = start(network, memory, remote_access=True, device_pool=8 * MIB)
     shape = (1, MIB)
     calls, checks = [], []
     held = {side: [side.instance.register(2, shape, seed=seed) for seed in (1, 2)] for side in sides}

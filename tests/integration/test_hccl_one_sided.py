@@ -364,7 +364,9 @@ def test_a_range_outside_of_what_the_peer_has_bound_is_refused() -> None:
 
 
 def taken_down() -> bool:
-    return not any(thread.name == THREAD_NAME for thread in threading.enumerate())
+    """Whether the communicators are gone, and the threads that take them down."""
+    gone = not counter("live.communicators")
+    return gone and not any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 def link_again_and_again(peer: Connection) -> None:
@@ -504,7 +506,8 @@ def pull_from_the_dying(peer: Connection) -> None:
     assert code is TIMEOUT, text
     assert seconds < TIMEOUT_S + LITTLE_S
     wait_for(lambda: linked.links()[0][2] == "BROKEN")
-    assert linked.pull()[0] is TIMEOUT
+    code, text, _ = linked.pull()
+    assert code is TIMEOUT, text
     linked.end(prompt_lives=False)
 
 

@@ -118,6 +118,7 @@ def test_what_workers_are_told(script: Script) -> None:
             "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": "3",
             "ROLE": role,
+            "DEVICE": "host",  # of the environment of all tests
         }
         assert [cluster.cluster_id for cluster in clusters.clusters] == [1, 2, 3]
         assert len({cluster.listen_ip_info for cluster in clusters.clusters}) == 3

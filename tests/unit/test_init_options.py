@@ -327,3 +327,8 @@ def test_a_violated_rule_of_size_classes_is_named(classes: list[tuple[Any, Any, 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"buf_cfg": {}}', '{"buf_cfg": [5]}', '{"buf_cfg": [{}]}'])
 def test_size_classes_that_cannot_be_read(text: str) -> None:
     refused("llm.BufPoolCfg", llm__BufPoolCfg=text)
+
+
+def test_a_description_of_the_program_that_is_as_if_made_here() -> None:
+    made = read(DECODER, ge__exec__deviceId="0").entries["llm.ClusterInfo"]
+    assert read_init_options(DECODER, 5, {"llm.ClusterInfo": made}).engine.cluster_id == 5
