@@ -30,7 +30,8 @@ int sim_copy_pieces(struct sim_task *task, const struct sim_copy *copy, struct s
     for (size_t done = 0; done < size && !code && fault.action != SIM_DROP; done += piece) {
         size_t count = size - done < piece ? size - done : piece;
         memmove(copy->to + done, copy->from + done, count);
-        sched_yield();
+        if (done + count < size)
+            sched_yield(); /* somebody else may come in between; on a busy machine that costs milliseconds */
         code = look(task, copy);
     }
     if (!code && fault.action == SIM_HALF)
@@ -70,7 +71,8 @@ static int fill(struct sim_task *task, struct sim_task *within, int value)
     for (size_t done = 0; done < view->size && !code; done += piece) {
         size_t rest = view->size - done;
         memset(view->bytes + done, value, rest < piece ? rest : piece);
-        sched_yield();
+        if (piece < rest)
+            sched_yield();
         code = within && sim_task_aborted(within) ? ACL_STREAM_ABORT : check_uses(task);
     }
     return code;
