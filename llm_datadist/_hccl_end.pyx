@@ -202,7 +202,8 @@ cdef class HcclPeer(TcpPeer):
         if outcome == NO_COMMUNICATOR:
             raise TransferFault(<int>outcome, detail=self._detail)
         if outcome == DEVICE_FAILED:
-            raise TransferFault(<int>outcome, detail=str(self.exchange.failure or "at the other end, whose log says more"))
+            failure = self.exchange.failure or "at the other end, whose log says more"
+            raise TransferFault(<int>outcome, detail=str(failure))
         return TcpPeer._report(self, transfer, outcome)
 
     # ---- making a communicator

@@ -126,7 +126,8 @@ class TransferFailures:
             Outcome.CORRUPTED: f"the checksum says that bytes from or to cluster {cluster_id} changed on the way",
             Outcome.DEVICE_FAILED: f"the device, or its communication library, has failed: {fault.detail}",
             Outcome.NO_COMMUNICATOR: (
-                f"there is no communicator with cluster {cluster_id}: {fault.detail or 'it was lost, and again at once'}"
+                f"there is no communicator with cluster {cluster_id}: "
+                + (fault.detail or "it was lost, and again at once")
             ),
             Outcome.TARGET_READ_ONLY: f"cluster {cluster_id} shares its pool for reading only",
         }
