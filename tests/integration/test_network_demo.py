@@ -30,6 +30,8 @@ RUN_S = 280.0
 READY_S = 120.0
 STOP_S = 20.0
 NOTHING = "requests: 0, bytes used: 0 of"
+# Where a death is what matters, and not the size of what was lost.
+SHORT = ("--prompt", "Name a colour.", "--prompt", "Explain why the sky is blue.")
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -125,7 +127,7 @@ def test_a_dead_decoder_costs_no_answer_and_may_come_back(network: Network) -> N
     network.start_worker("prompt", 1)
     network.start_worker("decoder", 2)
     network.start_worker("decoder", 3)
-    with network.demo("--min-decoders", "2", "--requests", "6", "--max-new-tokens", "24") as demo:
+    with network.demo(*SHORT, "--min-decoders", "2", "--requests", "6", "--max-new-tokens", "24") as demo:
         wait_for_line(demo, r"#\d+ pulled by decoder-3:")
         network.processes["decoder-3"].kill()
         output, errors = demo.communicate(timeout=RUN_S)
@@ -135,7 +137,7 @@ def test_a_dead_decoder_costs_no_answer_and_may_come_back(network: Network) -> N
 
     network.processes["decoder-3"].wait(STOP_S)
     network.start_worker("decoder", 3)
-    with network.demo("--min-decoders", "2", "--json", "--requests", "4", "--max-new-tokens", "2") as demo:
+    with network.demo(*SHORT, "--min-decoders", "2", "--json", "--requests", "4", "--max-new-tokens", "2") as demo:
         output, errors = demo.communicate(timeout=RUN_S)
     assert demo.returncode == 0, errors
     assert {request["decoded_by"] for request in json.loads(output)["requests"]} == {"decoder-2", "decoder-3"}
@@ -144,7 +146,7 @@ def test_a_dead_decoder_costs_no_answer_and_may_come_back(network: Network) -> N
 def test_a_stopped_decoder_is_given_up_and_works_again_when_it_goes_on(network: Network) -> None:
     network.start_worker("prompt", 1)
     names = network.start_worker("decoder", 2), network.start_worker("decoder", 3)
-    with network.demo("--min-decoders", "2", "--requests", "4", "--max-new-tokens", "24") as demo:
+    with network.demo(*SHORT, "--min-decoders", "2", "--requests", "4", "--max-new-tokens", "24") as demo:
         wait_for_line(demo, r"#\d+ pulled by decoder-3:")
         network.processes["decoder-3"].send_signal(signal.SIGSTOP)
         output, errors = demo.communicate(timeout=RUN_S)
@@ -153,7 +155,7 @@ def test_a_stopped_decoder_is_given_up_and_works_again_when_it_goes_on(network: 
 
     network.processes["decoder-3"].send_signal(signal.SIGCONT)
     network.wait_for("prompt-1", *names)
-    with network.demo("--min-decoders", "2", "--json", "--requests", "4", "--max-new-tokens", "2") as demo:
+    with network.demo(*SHORT, "--min-decoders", "2", "--json", "--requests", "4", "--max-new-tokens", "2") as demo:
         output, errors = demo.communicate(timeout=RUN_S)
     assert demo.returncode == 0, errors
     assert {request["decoded_by"] for request in json.loads(output)["requests"]} == set(names)
@@ -163,7 +165,7 @@ def test_a_dead_prompt_costs_no_answer(network: Network) -> None:
     network.start_worker("prompt", 1)
     network.start_worker("prompt", 2)
     network.start_worker("decoder", 3)
-    with network.demo("--min-prompts", "2", "--requests", "8", "--max-new-tokens", "12") as demo:
+    with network.demo(*SHORT, "--min-prompts", "2", "--requests", "8", "--max-new-tokens", "12") as demo:
         wait_for_line(demo, r"#\d+ prefilled by prompt-2:")
         network.processes["prompt-2"].kill()
         output, errors = demo.communicate(timeout=RUN_S)
