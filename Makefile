@@ -77,7 +77,7 @@ format: setup
 
 # Where no Docker daemon answers, root gets one in name spaces of its own: dockerd, debootstrap, docker-compose needed.
 compose-test: setup
-	$(BIN)/python -m tests.compose
+	$(BIN)/python -m tests.compose $(ARGS)
 
 # The table is written from failed tests too, and says so.
 conformance: setup

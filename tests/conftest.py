@@ -11,11 +11,11 @@ from multiprocessing import resource_tracker
 
 import pytest
 
-from llm_datadist.cluster.local import LocalGroup
 from tests.free_ports import free_ports
 from tests.leaks import resources
 from tests.member_ports import reserved_ports
 from tests.processes import Member
+from tests.warm_group import process_group, process_server
 
 pytest_plugins = ["tests.hang_guard"]
 
@@ -43,6 +43,7 @@ def pytest_runtest_makereport(item, call):
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a process, thread, descriptor or shared memory behind."""
     resource_tracker.ensure_running()  # multiprocessing's own child; it stays until the end of the run
+    process_server()  # and so does this one
     before = resources()
     yield
     if request.node.stash.get(FAILED, False):
@@ -72,5 +73,5 @@ def member_base_port() -> Iterator[int]:
 @pytest.fixture
 def members() -> Iterator[Callable[[str], Member]]:
     """Start processes by name; they end with the test."""
-    with LocalGroup() as group:
+    with process_group() as group:
         yield lambda name: Member(group, name)

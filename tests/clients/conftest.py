@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.engine.device_choice import VARIABLE
 from tests.processes import Member
 from tests.simulated_devices import HOST_VISIBLE, DeviceMembers
+from tests.warm_group import process_group
 
 State = dict[str, Any]
 
@@ -24,7 +24,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def all_hands() -> Iterator[list[Member]]:
-    with LocalGroup() as group:
+    with process_group() as group:
         start = DeviceMembers(group, 0, HOST_VISIBLE)
         yield [start(f"process {number}") for number in range(4)]
 
@@ -45,5 +45,5 @@ def use(state: State, device: str) -> None:
 @pytest.fixture
 def members(device: str) -> Iterator[DeviceMembers]:
     """Start processes by name; they end with the test."""
-    with LocalGroup() as group:
+    with process_group() as group:
         yield DeviceMembers(group, 0, {VARIABLE: device, **HOST_VISIBLE})

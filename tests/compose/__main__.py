@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from tests.compose.cluster import Cluster, running_cluster
@@ -23,11 +25,14 @@ BACK_S = 120.0
 
 def main() -> int:
     """Run the test and give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.compose", description=__doc__)
+    parser.add_argument("--wheel", type=Path, help="of the package, so that it need not be built once more")
+    wheel = parser.parse_args().wheel
     signal.signal(signal.SIGTERM, _end)
     try:
         with docker_daemon() as daemon:
             try:
-                build_image(daemon)
+                build_image(daemon, wheel)
                 workers_die_and_come_back(daemon)
                 pairs_share_memory(daemon)
             finally:

@@ -26,8 +26,8 @@ _WHEELS_S = 600.0
 _BUILD_S = 900.0
 
 
-def build_image(daemon: Daemon) -> None:
-    """Build `IMAGE`.
+def build_image(daemon: Daemon, wheel: Path | None) -> None:
+    """Build `IMAGE`; where its wheels are made outside, `wheel` may be that of the package.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def build_image(daemon: Daemon) -> None:
         base = _own_base(daemon)
         _check_python(daemon, base)
         with step("make the wheels"):
-            run([str(ROOT / "docker" / "make-wheels")], _WHEELS_S)
+            run([str(ROOT / "docker" / "make-wheels"), *([str(wheel)] if wheel else [])], _WHEELS_S)
         arguments = ["--build-arg", f"BASE={base}", "--build-arg", f"WHEELS={_WHEELS}"]
     with step("build the image"):
         file = str(ROOT / "docker" / "Dockerfile")

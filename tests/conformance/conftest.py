@@ -12,7 +12,6 @@ import pytest
 
 from llm_datadist import KvCacheManager, LLMDataDist, LLMRole
 from llm_datadist._acl import Device
-from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.v2.cache_manager import CacheManager
 from tests import datadist_member as dd
 from tests import simulated_devices
@@ -24,6 +23,7 @@ from tests.conformance.remote import DECODER, PROMPT, Remote, link_to
 from tests.datadist_member import make_options
 from tests.processes import Member
 from tests.simulated_devices import DeviceMembers
+from tests.warm_group import process_group
 
 Start = Callable[..., LLMDataDist]
 StartRemote = Callable[..., Remote]
@@ -51,14 +51,14 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(scope="session")
 def process() -> Iterator[Member]:
     """A process for the peer of a test."""
-    with LocalGroup() as group:
+    with process_group() as group:
         yield DeviceMembers(group, 2, simulated_devices.HOST_VISIBLE)("peer")
 
 
 @pytest.fixture(scope="session")
 def more_processes() -> Iterator[list[Member]]:
     """Two more, for tests with several peers."""
-    with LocalGroup() as group:
+    with process_group() as group:
         start = DeviceMembers(group, 3, simulated_devices.HOST_VISIBLE)
         yield [start("second peer"), start("third peer")]
 
@@ -66,7 +66,7 @@ def more_processes() -> Iterator[list[Member]]:
 @pytest.fixture
 def members() -> Iterator[DeviceMembers]:
     """Start processes by name; they end with the test."""
-    with LocalGroup() as group:
+    with process_group() as group:
         yield DeviceMembers(group, 5, simulated_devices.HOST_VISIBLE)
 
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from llm_datadist.cluster.local import LocalGroup, LocalWorker
+from llm_datadist.cluster.local import LocalWorker
 from tests import processes
 from tests.hosts import wire
 from tests.hosts.namespace import Namespace, check, enter, unshare
 from tests.processes import Member
+from tests.warm_group import process_group
 
 DEVICE = "eth0"
 MTU = 1500
@@ -188,7 +189,7 @@ class Network:
             self._switch = opening.enter_context(contextlib.closing(Namespace()))
             self._switch.run("ip", "-batch", "-", text="link add switch type bridge\nlink set switch up\n")
             opening.callback(self._close_hosts)
-            self.group = opening.enter_context(LocalGroup())
+            self.group = opening.enter_context(process_group())
             self._opened = opening.pop_all()
         return self
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llm_datadist import LLMStatusCode
-from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.engine.device_choice import VARIABLE
 from tests import ascend_member as am
 from tests import many_engines
 from tests.ascend_member import MIB, Plan, Shape
 from tests.processes import Member
 from tests.simulated_devices import DeviceMembers
+from tests.warm_group import process_group
 
 OK = LLMStatusCode.LLM_SUCCESS
 ALREADY = LLMStatusCode.LLM_ALREADY_LINK
@@ -26,7 +26,7 @@ ROUNDS = 20
 @pytest.fixture
 def devices() -> Iterator[DeviceMembers]:
     """Start processes with a device each."""
-    with LocalGroup() as group:
+    with process_group() as group:
         yield DeviceMembers(group, 0, {VARIABLE: "simulator"})
 
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import pytest
 
 from llm_datadist import LLMStatusCode, Placement
-from llm_datadist.cluster.local import LocalGroup
 from llm_datadist.engine.device_choice import VARIABLE
 from tests import ascend_member as am
 from tests.ascend_member import MIB, Plan, Shape
 from tests.free_ports import free_ports
 from tests.processes import Member
 from tests.simulated_devices import DeviceMembers
+from tests.warm_group import process_group
 
 OK = LLMStatusCode.LLM_SUCCESS
 DEVICE, HOST = Placement.DEVICE, Placement.HOST
@@ -34,7 +34,7 @@ class Two(NamedTuple):
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Two]:
-    with LocalGroup() as group, free_ports() as free_port:
+    with process_group() as group, free_ports() as free_port:
         ports = [free_port(), free_port()]
         start = DeviceMembers(group, 0, {VARIABLE: "simulator"})
         made = Two(start("one"), start("other"))
