@@ -156,8 +156,8 @@ cdef class HcclPeer(TcpPeer):
         moved = self.exchange.move(row, sending, fd, gate)
         if takes_turn:
             self.exchange.give_turn()
-        if moved != DONE:
-            outcome[0] = self._why_lost(moved, gate)
+        if moved != DONE:  # what is lost already is made anew at once
+            outcome[0] = moved if moved == NO_COMMUNICATOR else self._why_lost(moved, gate)
             return STREAM_LATE
         if sending:
             return self._hear_reply(fd, transfer, outcome)
